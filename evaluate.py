@@ -6,17 +6,22 @@
     python evaluate.py runs/phantom --volume scan.nii.gz --prompts "pleural effusion" "lung nodule"
 """
 import argparse
+import base64
 import csv
+import gzip
 import hashlib
 import io
 import json
 import math
 import sys
+from html import escape
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from tqdm import tqdm
@@ -362,7 +367,7 @@ def bridge(model, x):
     return torch.cat([model.bridge(part.to(model.bank.weight.device)).float().cpu() for part in x.split(4096)])
 
 
-def cached_embeddings(run, model, rows, cache, device):
+def cached_embeddings(run, model, rows, cache):
     """embed_volumes, each volume once: kept in the run's embeddings.safetensors, which belongs to these very weights."""
     path, weights = Path(run) / "embeddings.safetensors", sha256_of(Path(run) / "model.safetensors")
     keys = [f"{cache.path(row).resolve()} {cache.path(row).stat().st_mtime_ns}" for row in rows]
@@ -376,7 +381,7 @@ def cached_embeddings(run, model, rows, cache, device):
     todo = [(key, row) for key, row in zip(keys, rows) if key not in known]
     for start in range(0, len(todo), 256):                                                    # saved now and then: a killed run resumes
         part_keys, part_rows = zip(*todo[start:start + 256])
-        known |= zip(part_keys, embed_volumes(model, part_rows, cache, device))
+        known |= zip(part_keys, embed_volumes(model, part_rows, cache, model.bank.weight.device))
         record = {"model": weights, "keys": json.dumps(list(known))}
         data.write_atomically(path, save({"v": torch.stack(list(known.values()))}, record))
     return torch.stack([known[key] for key in keys])
@@ -384,8 +389,14 @@ def cached_embeddings(run, model, rows, cache, device):
 
 def zero_shot_scores(v, v_hat, t, t_hat, pairs=PAIRS[:2]):
     """Mean cosine of the pairs: v, v_hat (N, d) of volumes, t, t_hat (P, d) of prompts -> (N, P); by default cos(v, t) and cos(v_hat, t)."""
-    unit = {name: F.normalize(x, dim=-1) for name, x in (("v", v), ("v_hat", v_hat), ("t", t), ("t_hat", t_hat))}
-    return sum(unit[image] @ unit[text].mT for image, text in (pair.split("-") for pair in pairs)) / len(pairs)
+    images, texts = joint(v, v_hat, t, t_hat, pairs)
+    return images @ texts.mT
+
+
+def joint(v, v_hat, t, t_hat, pairs=PAIRS[:2]):
+    """Unit vectors (N, D), (P, D) whose inner product is the mean cosine of the pairs: each pair's two sides, side by side."""
+    unit = {name: F.normalize(x, dim=-1) / len(pairs) ** 0.5 for name, x in (("v", v), ("v_hat", v_hat), ("t", t), ("t_hat", t_hat))}
+    return (torch.cat([unit[pair.split("-")[side]] for pair in pairs], dim=-1) for side in (0, 1))
 
 
 def make_prompts(classes, given=None, negative=False):
@@ -564,24 +575,309 @@ def to_json(value):
     return json.dumps(strict(value), indent=1, ensure_ascii=False, allow_nan=False)
 
 
+# ---------------------------------------------------------------- heat maps
+
+def heatmap(model, hu, texts, method=None, pairs=PAIRS[:2]):
+    """Where a preprocessed volume hu (X, Y, Z) supports the prompts `texts`: (gx, gy, gz), one value a patch.
+
+    "similarity": cosine of each patch's projected feature with the prompts. "rollout" (ViT; the default there): attention weighted by the
+    score's positive gradient, rolled out over the layers (Chefer et al. 2021). "gradcam" (CNN; the default there): Selvaraju et al. 2017.
+    """
+    vit = model.config.vision == "vit"
+    method = method or ("rollout" if vit else "gradcam")
+    if method not in ("similarity", "rollout" if vit else "gradcam"):
+        raise ValueError(f"no '{method}' map for the vision encoder '{model.config.vision}'; similarity or {'rollout' if vit else 'gradcam'} can be had")
+    volumes = torch.as_tensor(np.array(hu))[None, None].to(model.bank.weight.device)
+    with torch.no_grad():
+        t = F.normalize(model.encode_text(texts), dim=-1).mean(0, keepdim=True)
+        t_hat = model.bridge(t)
+        if method == "similarity":
+            patches = F.normalize(model.vision_projection(model.vision(model.normalise(volumes))[1]), dim=-1)
+            return (patches @ F.normalize(t, dim=-1)[0])[0].cpu().numpy()
+    seen, hooks = [], []
+    if method == "rollout":
+        for block in model.vision.blocks:
+            hooks.append(block.attn.qkv.register_forward_hook(lambda module, args, output: seen.append([output])))
+            hooks.append(block.attn.proj.register_forward_pre_hook(lambda module, args: seen[-1].append(args[0])))
+    else:
+        hooks.append(model.vision.blocks.register_forward_hook(lambda module, args, output: seen.append([None, output])))
+    try:
+        with torch.enable_grad():
+            v = model.encode_image(volumes)
+            total = zero_shot_scores(v, model.bridge(v), t, t_hat, pairs).sum()
+            gradients = torch.autograd.grad(total, [output for _, output in seen])
+    finally:
+        for hook in hooks:
+            hook.remove()
+    with torch.no_grad():
+        if method == "rollout":
+            grid = tuple(size // step for size, step in zip(volumes.shape[2:], model.config.patch))
+            layers = [(qkv[0], gradient[0]) for (qkv, _), gradient in zip(seen, gradients)]
+            return rollout(layers, model.config.vit_heads)[1:].view(grid).cpu().numpy()
+        features, gradient = seen[0][1][0], gradients[0][0]                                                               # (C, gx, gy, gz)
+        return (features * gradient.mean(dim=(1, 2, 3), keepdim=True)).sum(0).relu().cpu().numpy()
+
+
+def rollout(layers, heads, rows=256):
+    """The CLS token's row of the product of (I + A_l) over the layers, A_l = mean over heads of relu(attention * its gradient): (N,).
+
+    layers: of each, qkv (N, 3 C) and the gradient of the attention's output (N, C), first to last. As only one row is wanted, it goes
+    through the layers from the last to the first, and of an attention matrix (N, N) only `rows` rows are ever there.
+    """
+    out = F.one_hot(torch.tensor(0), len(layers[0][0])).to(layers[0][0])
+    for qkv, gradient in reversed(layers):
+        q, k, v = qkv.unflatten(1, (3, heads, -1)).permute(1, 2, 0, 3)                                                   # (heads, N, C / heads)
+        gradient = gradient.unflatten(1, (heads, -1)).transpose(0, 1)
+        step = torch.zeros_like(out)
+        for part in out.nonzero()[:, 0].split(rows):
+            attention = torch.softmax(q[:, part] @ k.mT / q.shape[-1] ** 0.5, dim=-1)
+            step += out[part] @ (attention * (gradient[:, part] @ v.mT)).relu().mean(0)
+        out = out + step
+    return out
+
+
+def to_scan(grid, volume, config):
+    """A heat map (gx, gy, gz) of the preprocessed volume, brought linearly to the voxels of the Volume it came from: 0 to 1, (X, Y, Z).
+
+    Inverse of data.preprocess; voxels that it cropped away get 0.
+    """
+    weights = []
+    for size, step, step_out, shape, patch, cells in zip(volume.hu.shape, volume.spacing, config.spacing, config.shape, config.patch, grid.shape):
+        resampled = max(1, round(size * step / step_out))
+        kept = min(resampled, shape)
+        position = np.arange(size) * step / step_out - (resampled - kept) // 2 + (shape - kept) // 2            # voxel of the preprocessed
+        cell = (position - (patch - 1) / 2) / patch if config.vision == "vit" else position / 32                 # a CNN's cells: one in 32
+        weight = np.maximum(0, 1 - np.abs(np.clip(cell, 0, cells - 1)[:, None] - np.arange(cells)))
+        weights.append((weight * ((position > -0.5) & (position < shape - 0.5))[:, None]).astype(np.float32))
+    scaled = (grid - grid.min()) / max(grid.max() - grid.min(), 1e-12)
+    return np.einsum("xi,yj,zk,ijk->xyz", *weights, scaled.astype(np.float32), optimize=True)
+
+
+def write_heatmap(path, heat, volume, source):
+    """Write a map (X, Y, Z) of a Volume as .nii.gz on the voxels of its source file, with that file's own affine and axes."""
+    affine = volume.affine
+    if not str(source).endswith(".npz"):
+        affine = nibabel.load(source).affine
+        turn = nibabel.orientations.ornt_transform(nibabel.orientations.axcodes2ornt("LPS"), nibabel.io_orientation(affine))
+        heat = nibabel.orientations.apply_orientation(heat, turn)
+    image = nibabel.Nifti1Image(np.round(255 * heat).astype(np.uint8), affine)
+    image.header.set_slope_inter(1 / 255, 0)
+    data.write_atomically(path, gzip.compress(image.to_bytes(), 3))
+
+
+def planes_png(heat, volume, title=""):
+    """PNG bytes: axial, coronal and sagittal plane of a Volume through the maximum of its map (X, Y, Z), as a radiologist hangs them."""
+    at, hu, (dx, dy, dz) = np.unravel_index(heat.argmax(), heat.shape), volume.hu, volume.spacing
+    cuts = [((slice(None), slice(None), at[2]), dy / dx, at[0], at[1], "upper"), ((slice(None), at[1]), dz / dx, at[0], at[2], "lower"),
+            ((at[0],), dz / dy, at[1], at[2], "lower")]
+    figure = Figure(figsize=(9, 3.1), facecolor="black")
+    for axes, (cut, aspect, column, row, origin) in zip(figure.subplots(1, 3), cuts):
+        axes.imshow(hu[cut].T, cmap="gray", vmin=-1000, vmax=400, aspect=aspect, origin=origin)
+        axes.imshow(heat[cut].T, cmap="inferno", vmin=0, vmax=1, alpha=0.6 * heat[cut].T, aspect=aspect, origin=origin)
+        axes.plot(column, row, "+", color="cyan", markersize=12)
+        axes.axis("off")
+    figure.subplots_adjust(0.005, 0.005, 0.995, 0.9 if title else 0.995, 0.01)
+    figure.suptitle(title, color="white", fontsize=10)
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=90)
+    return png.getvalue()
+
+
+# ---------------------------------------------------------------- pages: one file each, without network, scripts or other files
+
+STYLE = """
+:root{--ink:#1c2430;--soft:#66707d;--line:#dde2e8;--blue:#2563b0;--orange:#c8641b;--pale:#dbe7f5}
+*{box-sizing:border-box} body{font:16px/1.5 system-ui,sans-serif;color:var(--ink);background:#fff;max-width:68rem;margin:0 auto;padding:1rem}
+h1{font-size:1.5rem;line-height:1.25;margin:.5rem 0} h2{font-size:1.15rem;margin:2rem 0 .5rem;border-bottom:2px solid var(--line)}
+p{max-width:46rem} small,.soft{color:var(--soft)} .note{background:#fdf1e0;padding:.5rem .8rem;border-left:4px solid var(--orange)}
+.wide{overflow-x:auto} table{border-collapse:collapse;font-size:.88rem;font-variant-numeric:tabular-nums}
+td,th{padding:.2rem .5rem;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap} th:first-child,td:first-child{text-align:left}
+tr.macro{font-weight:600;background:#f4f6f9} .big{display:flex;flex-wrap:wrap;gap:.6rem 2.5rem} .big b{font-size:2rem;display:block;line-height:1.2}
+.bar{position:relative;display:block;width:9rem;height:.9rem;background:linear-gradient(var(--line),var(--line)) 50%/1px 100% no-repeat #f4f6f9}
+.bar i,.bar b{position:absolute;top:.2rem;height:.5rem;background:#8db4de} .bar b{top:0;height:.9rem;width:3px;margin-left:-1px;background:var(--blue)}
+.bar b.probe{background:var(--orange)} .grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(8.5rem,1fr));gap:.8rem}
+.pair{display:grid;grid-template-columns:repeat(auto-fit,minmax(17rem,1fr));gap:1rem} figure{margin:0;font-size:.8rem;break-inside:avoid}
+svg,img{width:100%;height:auto;display:block} code{font-size:.78rem;overflow-wrap:anywhere} dt{font-weight:600} dd{margin:0 0 .3rem}
+@media print{body{max-width:none;padding:0;font-size:11px}h2{break-after:avoid}tr{break-inside:avoid}*{print-color-adjust:exact;-webkit-print-color-adjust:exact}}
+"""
+
+
+def page(title, *parts):
+    """One self-contained HTML page."""
+    return (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
+            f"<title>{escape(title)}</title><style>{STYLE}</style></head><body><h1>{escape(title)}</h1>{''.join(parts)}</body></html>\n")
+
+
+def html_table(head, lines, macro=()):
+    """Cells are HTML; the lines whose number is in `macro` are set apart."""
+    body = "".join(f"<tr{' class=macro' if i in macro else ''}>{''.join(f'<td>{cell}</td>' for cell in line)}</tr>" for i, line in enumerate(lines))
+    return f"<div class=wide><table><thead><tr>{''.join(f'<th>{cell}</th>' for cell in head)}</tr></thead><tbody>{body}</tbody></table></div>"
+
+
+def _bar(value, ends, probe=None):
+    if math.isnan(value):
+        return ""
+    low, high = (100 * end for end in ends)
+    marks = f'<i style="left:{low:.1f}%;width:{high - low:.1f}%"></i><b style="left:{100 * value:.1f}%"></b>'
+    if probe is not None and not math.isnan(probe):
+        marks += f'<b class=probe style="left:{100 * probe:.1f}%"></b>'
+    return f"<span class=bar>{marks}</span>"
+
+
+def metrics_table(result):
+    """The volume level's classes and macro means, AUROC as bars with their intervals."""
+    probe = "probe" in result
+    keys = ("auprc", "f1", "f1_weighted", "accuracy", "precision", "recall", "specificity")
+    head = ["", "positive", "AUROC", "95 % interval", "0 <small>(chance ½)</small> 1", *(["linear probe"] if probe else []), *keys]
+    macros, classes = result["volume"]["macro"], result["volume"]["classes"]
+    named = [(f"macro {name} ({values['classes']} of {values['of']})", "", values) for name, values in macros.items()]
+    lines = []
+    for name, count, values in named + [(name, values["positives"], values) for name, values in classes.items()]:
+        lines.append([escape(name), count, f"<b>{_percent(values['auroc'])}</b>", "–".join(map(_percent, values["auroc_95"])),
+                      _bar(values["auroc"], values["auroc_95"], values.get("probe_auroc")),
+                      *([_percent(values["probe_auroc"])] if probe else []), *(_percent(values[key]) for key in keys)])
+    return html_table(head, lines, range(len(named)))
+
+
+def roc_svg(scores, labels):
+    """ROC curve of one class, thinned to at most some 100 points."""
+    labels, scores = labels[~np.isnan(labels)], scores[~np.isnan(labels)]
+    order = np.argsort(-scores, kind="stable")
+    last = np.flatnonzero(np.r_[np.diff(scores[order]) != 0, True])
+    found = np.cumsum(labels[order])[last]
+    x, y = np.r_[0, (last + 1 - found) / (labels == 0).sum()], np.r_[0, found / labels.sum()]
+    keep = np.unique(np.r_[np.arange(0, len(x), max(1, len(x) // 100)), len(x) - 1])
+    points = " ".join(f"{100 * x[i]:.1f},{100 - 100 * y[i]:.1f}" for i in keep)
+    return ('<svg viewBox="-2 -2 104 104"><rect width="100" height="100" fill="#f8f9fb" stroke="#dde2e8"/><path d="M0 100L100 0" stroke="#c5ccd5" stroke-dasharray="2"/>'
+            f'<polyline points="{points}" fill="none" stroke="#2563b0" stroke-width="1.8"/></svg>')
+
+
+def gap_svg(images, texts):
+    """Scatter picture of two sets of points in the plane: images blue, texts orange."""
+    both = np.array(images + texts)
+    low, size = both.min(0), max(np.ptp(both, axis=0).max(), 1e-9)
+    dots = "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="1.1" fill="{colour}" fill-opacity=".55"/>' for points, colour in ((images, "#2563b0"), (texts, "#c8641b"))
+                   for x, y in (np.array(points) - low) * (150 / size))
+    return f'<svg viewBox="-4 -4 158 {8 + 150 * np.ptp(both, axis=0)[1] / size:.0f}"><rect x="-4" y="-4" width="158" height="158" fill="#f8f9fb"/>{dots}</svg>'
+
+
+def most_wrong(scores, labels, classes, rows, n=3):
+    """The n worst misses and n worst false alarms, one a class and scan: (row number, class number, share of the opposite cases ranked wrong).
+
+    Classes that the model knows count more (times AUROC): an error of a class at chance says nothing.
+    """
+    known, cases = auroc(scores, labels), {1: [], 0: []}
+    for c in np.flatnonzero(~np.isnan(known)):
+        places = _placements(scores[:, c], labels[:, c] == 1, labels[:, c] == 0)
+        for truth, place in ((1, places[0]), (0, places[1])):
+            worst = np.argmin(place)
+            cases[truth].append((known[c] * (1 - place[worst]), np.flatnonzero(labels[:, c] == truth)[worst], c, 1 - place[worst]))
+    chosen, scans = [], set()
+    for truth in (1, 0):
+        for _, i, c, wrong in sorted(cases[truth], reverse=True):
+            if rows[i].scan not in scans and sum(labels[j, d] == truth for j, d, _ in chosen) < n:
+                scans.add(rows[i].scan)
+                chosen.append((i, c, wrong))
+    return chosen
+
+
+def heat_figure(png, caption):
+    """A figure with an embedded PNG; the caption is HTML."""
+    return f'<figure><img alt="heat map" src="data:image/png;base64,{base64.b64encode(png).decode()}"><figcaption>{caption}</figcaption></figure>'
+
+
+def report_page(result, scores, labels, classes, rows, study=None):
+    """report.html of an evaluation; the heat maps of the most wrong scans need the study's model."""
+    parts = [f"<p class=note>Note: {PHANTOM_WARNING}.</p>" if result.get("trained_on") == "phantom" else "",
+             f"<p>{result['volumes']} volumes of {result['scans']} scans of {result['patients']} patients, split {escape(result['split'])}; "
+             f"{len(result['skipped'])} volumes skipped.</p>"]
+    if "volume" in result:
+        parts += [*_headline(result), "<h2>Zero-shot diagnosis</h2>", metrics_table(result), *_explain(result), "<h2>ROC curves</h2><div class=grid>"]
+        for c, (name, values) in enumerate(result["volume"]["classes"].items()):
+            if not math.isnan(values["auroc"]):
+                parts.append(f"<figure>{roc_svg(scores[:, c], labels[:, c])}<figcaption>{escape(name)} <b>{_percent(values['auroc'])}</b></figcaption></figure>")
+        parts.append("</div>")
+    parts += [*_compare(result), *_retrieval(result), *_gap(result)]
+    if study and "volume" in result:
+        parts += ["<h2>Most wrong</h2><div class=pair>", *wrong_figures(scores, labels, classes, rows, study), "</div>"]
+    about = ("run", "model_sha256", "manifest", "manifest_sha256", "benchmark", "prompts_sha256", "pairs", "threshold")
+    parts += ["<h2>What was evaluated</h2><dl>", *(f"<dt>{key.replace('_', ' ')}</dt><dd><code>{escape(str(result[key]))}</code></dd>" for key in about if result.get(key)), "</dl>"]
+    return page("BrgSA: zero-shot evaluation", *parts)
+
+
+def _headline(result):
+    yield "<div class=big>"
+    for name, values in result["volume"]["macro"].items():
+        per_scan = result["scan"]["macro"].get(name, {}).get("auroc", math.nan)
+        yield (f"<div><b>{_percent(values['auroc'])}</b>macro AUROC, {name}, {values['classes']} of {values['of']} classes<br>"
+               f"<small>95 % interval {' to '.join(map(_percent, values['auroc_95']))}; per scan {_percent(per_scan)}</small></div>")
+    yield "</div>"
+
+
+def _explain(result):
+    how = {"split-half": "from the other half of the patients", "oracle": "from the very labels that are scored, which flatters"}
+    probe = "orange: a linear classifier trained on the labels of other patients. " if "probe" in result else ""
+    yield (f"<p class=soft>In per cent, per volume. Bars: AUROC with its 95 % interval over 1,000 resamples of patients; {probe}Thresholds "
+           f"{how.get(result['threshold'], 'from ' + escape(result['threshold']))}. A class that lacks positive or negative cases has no AUROC and is left out of the mean.</p>")
+    top = result["scan"]["top_k"]
+    yield html_table(["of a scan's highest classes", *top], [["per scan", *map(_percent, top.values())]])
+
+
+def _compare(result):
+    if "compare" in result:
+        other = result["compare"]
+        yield (f"<h2>Beside {escape(other['with'])}</h2><p>Macro AUROC difference {100 * other['macro_difference']:+.1f} "
+               f"(95 % interval {' to '.join(f'{100 * end:+.1f}' for end in other['macro_difference_95'])}); p: DeLong's test over patients.</p>")
+        yield html_table(["", "this", "other", "p"], [[escape(name), _percent(c["auroc"]), _percent(c["other"]), f"{c['p']:.2g}"] for name, c in other["classes"].items()])
+
+
+def _retrieval(result):
+    if "retrieval" in result:
+        yield "<h2>Retrieval</h2>"
+        for way, values in result["retrieval"].items():
+            cells = [f"{value:g}" if key in ("median_rank", "candidates") else _percent(value) for key, value in values.items()]
+            yield html_table(["", *(key.replace("_", " ") for key in values)], [[way.replace("_", " "), *cells]])
+        yield "<p class=soft>Recall in per cent, by the same cosines as the scores. Volume to volume: right is another patient's volume that shares an abnormality.</p>"
+
+
+def _gap(result):
+    if "gap" in result:
+        yield "<h2>Modality gap</h2><div class=pair>"
+        for when, what in (("before", "before the bank (v, t)"), ("after", "after it (v_hat, t_hat)")):
+            numbers = ", ".join(f"{key.replace('_', ' ')} {value:.2f}" for key, value in result["gap"][when].items())
+            yield f"<figure>{gap_svg(*result['gap_picture'][when])}<figcaption>{what}: {numbers}</figcaption></figure>"
+        yield ('</div><p class=soft>Two principal components; <span style="color:#2563b0">volumes</span>, <span style="color:#c8641b">texts</span>. '
+               "Separability: held-out accuracy of telling one from the other, 0.5 = no gap.</p>")
+
+
+def wrong_figures(scores, labels, classes, rows, study):
+    """The most wrong scans, each with the heat map of the abnormality that was missed or seen."""
+    for i, c, wrong in most_wrong(scores, labels, classes, rows):
+        volume = rows[i].read()
+        grid = heatmap(study.model, study.cache.read(rows[i]), study.asked[classes[c]]["positive"], pairs=study.pairs)
+        kind = f"missed: scored below {_percent(wrong)} % of the scans without it" if labels[i, c] else f"false alarm: scored above {_percent(wrong)} % of the scans with it"
+        yield heat_figure(planes_png(to_scan(grid, volume, study.model.config), volume), f"<b>{escape(classes[c])}</b>, {kind}<br><code>{escape(rows[i].name)}</code>")
+
+
+def volume_page(result, figures=()):
+    """report.html of one scan: the ranked findings and the heat maps' figures."""
+    lines = [[escape(finding["abnormality"]), "–" if finding["percentile"] is None else f"{finding['percentile']:.0f}",
+              "" if finding["percentile"] is None else _bar(finding["percentile"] / 100, [0, finding["percentile"] / 100]), f"{finding['score']:+.3f}"]
+             for finding in result["findings"]]
+    note = f"<p class=note>Note: {result['warning']}.</p>" if "warning" in result else ""
+    return page(f"BrgSA: {Path(result['volume']).name}", note, "<p>Findings ranked by their place among the scores of "
+                f"{result['reference_scans']} training scans. A research tool, not a medical device.</p>",
+                html_table(["", "higher than %", "", "score"], lines), "<h2>Where</h2><div class=pair>" if figures else "", *figures, "</div>" if figures else "",
+                f"<h2>Model</h2><p><code>{escape(result['model'])}</code></p>")
+
+
 # ---------------------------------------------------------------- the evaluations
 
 def select_rows(manifest, split=None):
-    """A manifest's rows of a split; by default of "valid" where there is one, else all. -> rows, the split's name or "all"."""
+    """A manifest's rows of a split; by default of "test" or "valid" where there is one, else all. -> rows, the split's name or "all"."""
     rows = data.read_manifest(manifest, split)
-    if split is None and any(row.split == "valid" for row in rows):
-        rows, split = [row for row in rows if row.split == "valid"], "valid"
-    return rows, split or "all"
-
-
-def prepare_and_embed(run, model, rows, manifest, cache=None, device=None):
-    """Rows that can be read, their v (N, d), and the skipped as (name, reason); volumes go through the cache, by default beside the manifest."""
-    config = model.config
-    cache = data.Cache(cache or Path(manifest).parent / "cache", config.spacing, config.shape, config.hu_range)
-    rows, skipped = data.prepare(rows, cache)
-    if not rows:
-        raise ValueError(f"{manifest}: none of its {len(skipped)} volumes can be read; the first: {skipped[0][1]}")
-    return rows, cached_embeddings(run, model, rows, cache, device or default_device()), skipped
+    split = split or next((name for name in ("test", "valid") if any(row.split == name for row in rows)), None)
+    return [row for row in rows if split in (None, row.split)], split or "all"
 
 
 def default_device():
@@ -596,29 +892,138 @@ def classes_of(rows, benchmark=None, prompts=None):
 
 
 def evaluate(run, manifest, split=None, out=None, benchmark=None, prompts=None, negative=False, pairs=PAIRS[:2], threshold="split-half",
-             cache=None, device=None):
-    """Score a manifest's split zero-shot with the model of a run; writes scores.csv and metrics.json to out (default: run/evaluation).
+             cache=None, device=None, scores=None, compare=None, probe=None, summaries=None):
+    """Score a manifest's split zero-shot with the model of a run; writes scores.csv, metrics.json and report.html to out.
 
+    With scores, a scores.csv of any model, nothing is computed from volumes and run may be None. threshold: split-half, oracle, or the
+    scores.csv of another split of the manifest. compare: another model's scores.csv. probe: a manifest with labels to train a linear
+    classifier on (its split train where it has one). summaries: summaries.jsonl, the texts for retrieval and the gap instead of reports.
     Returns what metrics.json holds; "volume" and "scan" (mean over reconstructions) each have the classes' and the macro metrics.
     """
-    run, out = Path(run), Path(out or Path(run) / "evaluation")
-    model = BrgSA.from_pretrained(run)
     rows, split = select_rows(manifest, split)
-    asked = make_prompts(classes_of(rows, benchmark, prompts), prompts, negative)
-    rows, v, skipped = prepare_and_embed(run, model, rows, manifest, cache, device)
-    write_scores(out / "scores.csv", [row.name for row in rows], list(asked), score(model, v, asked, pairs))
-    scores, labels, classes = join(read_scores(out / "scores.csv"), rows, data.BENCHMARKS.get(benchmark), out / "scores.csv")
-    result = {
-        "run": str(run), "model_sha256": sha256_of(run / "model.safetensors"), "trained_on": model.config.trained_on,
-        "manifest": str(manifest), "manifest_sha256": sha256_of(manifest), "split": split, "benchmark": benchmark,
-        "prompts": asked, "prompts_sha256": hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest(), "pairs": list(pairs),
-        "volumes": len(rows), "scans": len({row.scan for row in rows}), "patients": len({row.patient for row in rows}),
-        "skipped": [list(item) for item in skipped], "threshold": threshold,
-    }
+    result = {"run": str(run or scores), "manifest": str(manifest), "manifest_sha256": sha256_of(manifest), "split": split, "benchmark": benchmark}
+    out, skipped, study = Path(out or Path(run or Path(scores).parent) / "evaluation"), [], None
+    if scores is None:
+        asked = make_prompts(classes_of(rows, benchmark, prompts), prompts, negative)
+        study = Study(run, manifest, cache, device, pairs, asked)
+        rows, v, skipped = study.embed(rows)
+        scores = out / "scores.csv"
+        write_scores(scores, [row.name for row in rows], list(asked), score(study.model, v, asked, pairs))
+        result |= study.describe() | study.texts_and_volumes(rows, v, summaries)
+    scored = read_scores(scores)
+    s, labels, classes = join(scored, rows, data.BENCHMARKS.get(benchmark), scores)
+    result |= {"volumes": len(rows), "scans": len({row.scan for row in rows}), "patients": len({row.patient for row in rows}),
+               "skipped": [list(item) for item in skipped], "threshold": str(threshold)}
     if (~np.isnan(labels)).any():
-        result |= both_levels(scores, labels, classes, rows, threshold)
+        if threshold not in ("split-half", "oracle"):
+            threshold = thresholds_from(threshold, manifest, rows, classes)
+        result |= both_levels(s, labels, classes, rows, threshold)
+        if probe and study:
+            add_probe(result, study, probe, rows, v, labels, classes)
+        if compare:
+            result["compare"] = comparison(s, join(read_scores(compare), rows, classes, compare), labels, classes, rows, compare)
+    data.write_atomically(out / "report.html", report_page(result, s, labels, classes, rows, study).encode())
+    result.pop("gap_picture", None)
     data.write_atomically(out / "metrics.json", to_json(result).encode())
     return result
+
+
+class Study:
+    """A run's model, where its volumes are cached, and what is asked of it."""
+
+    def __init__(self, run, manifest, cache, device, pairs, asked):
+        self.run, self.manifest, self.pairs, self.asked = Path(run), Path(manifest), pairs, asked
+        self.model = BrgSA.from_pretrained(run).to(device or default_device())
+        config = self.model.config
+        self.cache = data.Cache(cache or self.manifest.parent / "cache", config.spacing, config.shape, config.hu_range)
+
+    def embed(self, rows):
+        """Rows that can be read, their v (N, d), and the skipped as (name, reason)."""
+        rows, skipped = data.prepare(rows, self.cache)
+        if not rows:
+            raise ValueError(f"{self.manifest}: none of its {len(skipped)} volumes can be read; the first: {skipped[0][1]}")
+        return rows, cached_embeddings(self.run, self.model, rows, self.cache), skipped
+
+    def describe(self):
+        """What metrics.json says of the model and of the question."""
+        return {"model_sha256": sha256_of(self.run / "model.safetensors"), "trained_on": self.model.config.trained_on, "prompts": self.asked,
+                "prompts_sha256": hashlib.sha256(json.dumps(self.asked, sort_keys=True).encode()).hexdigest(), "pairs": list(self.pairs)}
+
+    def texts_and_volumes(self, rows, v, summaries=None):
+        """Retrieval, the modality gap before and after the bank, and its picture, of the rows that have a text."""
+        summaries = data.read_summaries(summaries) if summaries else {}
+        texts = [summaries.get(data.report_sha256(row.report), row.report) for row in rows]
+        told = [i for i, text in enumerate(texts) if clean(text)]
+        labels = np.array([[row.labels.get(name, np.nan) for name in rows[0].labels] for row in rows]).reshape(len(rows), -1)
+        out = {}
+        if (labels == 1).any():
+            out["retrieval"] = {"volume_to_volume": map_at_k(v, labels, [row.patient for row in rows])}
+        if len({texts[i] for i in told}) < 2:
+            return out
+        v, t = v[told], embed_texts(self.model, [texts[i] for i in told])
+        v_hat, t_hat = bridge(self.model, v), bridge(self.model, t)
+        out["retrieval"] = retrieval(*joint(v, v_hat, t, t_hat, self.pairs), [texts[i] for i in told]) | out.get("retrieval", {})
+        out["gap"] = {"before": modality_gap(v, t), "after": modality_gap(v_hat, t_hat)}
+        few = np.random.default_rng(0).permutation(len(told))[:400]
+        out["gap_picture"] = {name: [np.round(points, 3).tolist() for points in project(a[few], b[few])] for name, a, b in (("before", v, t), ("after", v_hat, t_hat))}
+        return out
+
+
+def thresholds_from(path, manifest, rows, classes):
+    """Thresholds (C,) fitted on another split's scores.csv, whose labels are in the same manifest."""
+    scores = read_scores(path)
+    others = [row for row in data.read_manifest(manifest) if row.name in scores]
+    shared = {row.patient for row in others} & {row.patient for row in rows}
+    if shared:
+        raise ValueError(f"{path}: patients {', '.join(sorted(shared)[:10])} are among those evaluated; thresholds need other patients, or --threshold oracle")
+    return best_thresholds(*join(scores, others, classes, path)[:2])
+
+
+def comparison(scores, joined, labels, classes, rows, path):
+    """This model beside another on the same cases: AUROC of both, DeLong's p over patients, the macro difference with its interval."""
+    theirs, _, shared = joined
+    mine = [classes.index(name) for name in shared]
+    scores, labels, patients = scores[:, mine], labels[:, mine], [row.patient for row in rows]
+    ours, others, p = auroc(scores, labels), auroc(theirs, labels), delong(scores, theirs, labels, patients)
+    drawn = [_nanmean(bootstrap(s, labels, patients, np.zeros(len(shared)))["auroc"]) for s in (scores, theirs)]           # the same resamples
+    return {"with": str(path), "classes": {name: {"auroc": a, "other": b, "p": q} for name, a, b, q in zip(shared, ours.tolist(), others.tolist(), p.tolist())},
+            "macro_difference": _nanmean(ours - others).item(), "macro_difference_95": interval(drawn[0] - drawn[1]).tolist()}
+
+
+def add_probe(result, study, manifest, rows, v, labels, classes):
+    """Put the AUROC of a linear classifier, trained on another manifest's frozen embeddings and labels, beside the zero-shot one."""
+    patients = {row.patient for row in rows}
+    train = data.read_manifest(manifest)
+    train = [row for row in train if row.split == "train"] or train
+    train, v_train, _ = study.embed([row for row in train if row.patient not in patients])
+    y = np.array([[row.labels.get(name, np.nan) for name in classes] for row in train])
+    s = linear_probe(v_train, y, [row.patient for row in train], v)
+    supervised = summarise(s, labels, classes, [row.patient for row in rows])
+    for part in ("classes", "macro"):
+        for name, values in result["volume"][part].items():
+            values |= {key: supervised[part][name][key.removeprefix("probe_")] for key in ("probe_auroc", "probe_auroc_95")}
+    result["probe"] = {"manifest": str(manifest), "volumes": len(train)}
+
+
+def linear_probe(v_train, labels, patients, v):
+    """Ridge classifiers on L2-normalised embeddings: v_train (M, d), labels (M, C), NaN = unknown -> scores (N, C) of v (N, d).
+
+    The penalty is the one with the best macro AUROC on half of the training patients when fitted on the other half.
+    """
+    x, new = F.normalize(v_train, dim=-1).double(), F.normalize(v, dim=-1).double()
+    held_out = torch.from_numpy(np.unique(np.asarray(patients), return_inverse=True)[1] % 2 == 1)
+
+    def fit(x, labels, new, strength):
+        out = np.zeros((len(new), labels.shape[1]))
+        masks, which = np.unique(~np.isnan(labels), axis=1, return_inverse=True)                  # classes known for the same volumes: one fit
+        for i, mask in enumerate(masks.T):
+            if mask.any():
+                weight, bias = ridge(x[mask], torch.from_numpy(labels[mask][:, which.ravel() == i]), strength)
+                out[:, which.ravel() == i] = (new @ weight + bias).numpy()
+        return out
+
+    trials = {strength: _nanmean(auroc(fit(x[~held_out], labels[~held_out], x[held_out], strength), labels[held_out])) for strength in (1e-2, 0.1, 1, 10, 100)}
+    return fit(x, labels, new, max(trials, key=lambda strength: np.nan_to_num(trials[strength])))
 
 
 def both_levels(scores, labels, classes, rows, threshold):
@@ -631,10 +1036,11 @@ def both_levels(scores, labels, classes, rows, threshold):
     }
 
 
-def evaluate_volume(run, path, prompts=None, negative=False, pairs=PAIRS[:2], device=None):
+def evaluate_volume(run, path, prompts=None, negative=False, pairs=PAIRS[:2], device=None, out=None, method=None):
     """Findings of one scan (.nii, .nii.gz, .npz), ranked: {"volume", "model", "findings": [{"abnormality", "score", "percentile"}], ...}.
 
     The percentile is the share of the training scans (the run's reference.safetensors) that score lower; None where the run has none.
+    With out, a folder: report.html and, of the named prompts or else of the first three findings, a heat map in the scan's own space.
     """
     run = Path(run)
     model = BrgSA.from_pretrained(run).to(device or default_device())
@@ -655,6 +1061,17 @@ def evaluate_volume(run, path, prompts=None, negative=False, pairs=PAIRS[:2], de
     result["reference_scans"] = len(reference["v"]) if reference else 0
     findings = [{"abnormality": name, "score": float(value), "percentile": place} for name, value, place in zip(asked, scores, percentiles)]
     result["findings"] = sorted(findings, key=lambda f: (-(f["percentile"] or 0), -f["score"]))
+    if out:
+        figures = []
+        for finding in result["findings"][:None if prompts else 3]:
+            name = finding["abnormality"]
+            heat = to_scan(heatmap(model, hu, asked[name]["positive"], method, pairs), volume, config)
+            finding["heatmap"] = str(Path(out) / f"{clean(name).replace(' ', '_')}.nii.gz")
+            write_heatmap(finding["heatmap"], heat, volume, path)
+            png = planes_png(heat, volume, name)
+            data.write_atomically(finding["heatmap"].replace(".nii.gz", ".png"), png)
+            figures.append(heat_figure(png, escape(finding["heatmap"])))
+        data.write_atomically(Path(out) / "report.html", volume_page(result, figures).encode())
     return result
 
 
@@ -668,6 +1085,19 @@ def read_reference(run):
             return {name: file.get_tensor(name).float() for name in ("v", "v_hat")}
     except SafetensorError as error:
         raise ValueError(f"{path}: damaged ({error}); delete it to do without percentiles") from None
+
+
+def evaluation_table(result):
+    """What the terminal shows of an evaluation."""
+    lines = [f"note: {PHANTOM_WARNING}"] if result.get("trained_on") == "phantom" else []
+    lines += [f"{result['volumes']} volumes of {result['scans']} scans of {result['patients']} patients, split {result['split']}; {len(result['skipped'])} skipped",
+              table(result) if "volume" in result else "no labels, so no metrics"]
+    if "volume" in result:
+        lines += [f"macro AUROC per scan, {name}: {_percent(values['auroc'])}" for name, values in result["scan"]["macro"].items()]
+    lines += [f"linear probe, {name}: {_percent(values['probe_auroc'])}" for name, values in result["volume"]["macro"].items()] if "probe" in result else []
+    lines += [f"macro AUROC difference to {result['compare']['with']}: {100 * result['compare']['macro_difference']:+.1f} "
+              f"({' to '.join(f'{100 * end:+.1f}' for end in result['compare']['macro_difference_95'])})"] if "compare" in result else []
+    return "\n".join(lines)
 
 
 def volume_table(result):
@@ -685,44 +1115,61 @@ def volume_table(result):
 
 # ---------------------------------------------------------------- command line
 
-def main(argv=None):
+def embed(run, manifest, out, split=None, cache=None, device=None):
+    """Write the embeddings v, v_hat (N, d) of a manifest's volumes, their names in the metadata ("names", JSON); -> how many."""
+    study = Study(run, manifest, cache, device, PAIRS[:2], None)
+    rows, v, _ = study.embed(data.read_manifest(manifest, split))
+    data.write_atomically(out, save({"v": v, "v_hat": bridge(study.model, v)}, {"names": json.dumps([row.name for row in rows])}))
+    return len(rows)
+
+
+def command(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="the folder of a trained model: config.json, model.safetensors, tokenizer.json")
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--manifest", type=Path, help="evaluate these volumes")
-    what.add_argument("--volume", type=Path, help="rank the findings of this one scan (.nii, .nii.gz, .npz)")
-    parser.add_argument("--split", help="the manifest's; default: valid where there is one, else all")
+    parser.add_argument("run", type=Path, nargs="?", help="the folder of a trained model: config.json, model.safetensors, tokenizer.json")
+    parser.add_argument("--manifest", type=Path, help="evaluate these volumes")
+    parser.add_argument("--volume", type=Path, help="rank the findings of this one scan (.nii, .nii.gz, .npz)")
+    parser.add_argument("--scores", type=Path, help="evaluate this scores.csv, of any model, with the manifest's labels; needs no run")
+    parser.add_argument("--split", help="the manifest's; default: test or valid where there is one, else all")
     parser.add_argument("--benchmark", choices=[*data.BENCHMARKS, "rad-chestct-all", "phantom"], help="which classes; default: the manifest's")
     parser.add_argument("--prompts", nargs="+", metavar="NAME", help="abnormalities, or one .json ({name: [prompts]}) or .txt (a name a line)")
     parser.add_argument("--negative", action="store_true", help='subtract the score of "There is no X"')
-    parser.add_argument("--pairs", nargs="+", choices=PAIRS, default=list(PAIRS[:2]), help="the cosines that are averaged; default: v-t v_hat-t")
-    parser.add_argument("--threshold", choices=["split-half", "oracle"], default="split-half",
-                        help="from the other half of the patients, or (flattering) from the very labels that are scored")
+    parser.add_argument("--pairs", nargs="+", choices=PAIRS, default=PAIRS[:2], help="the cosines that are averaged; default: v-t v_hat-t")
+    parser.add_argument("--threshold", default="split-half", help="split-half (from the other half of the patients), the scores.csv of another split, "
+                        "or oracle (from the very labels that are scored: flattering)")
+    parser.add_argument("--compare", type=Path, metavar="SCORES", help="another model's scores.csv: DeLong's test")
+    parser.add_argument("--probe", type=Path, metavar="MANIFEST", help="train a linear classifier on its split train, as a supervised yardstick")
+    parser.add_argument("--summaries", type=Path, help="summaries.jsonl: the texts for retrieval and the gap, instead of the reports")
+    parser.add_argument("--embed", action="store_true", help="only write the manifest's embeddings to --out, a .safetensors")
+    parser.add_argument("--heatmap", nargs="?", const="default", choices=["default", "similarity", "rollout", "gradcam"],
+                        help="with --volume: maps in the scan's own space and a page, in --out; default: rollout (ViT), gradcam (CNN)")
     parser.add_argument("--cache", type=Path, help="folder of the preprocessed volumes; default: cache, beside the manifest")
-    parser.add_argument("--out", type=Path, help="folder of the results; default: evaluation, in the run")
+    parser.add_argument("--out", type=Path, help="folder of the results; default: evaluation, in the run (with --volume: none)")
     parser.add_argument("--device", help="default: cuda where there is one, else cpu")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    arguments = parser.parse_args(argv)
-    if arguments.volume:
-        result = evaluate_volume(arguments.run, arguments.volume, arguments.prompts, arguments.negative, arguments.pairs, arguments.device)
-        print(to_json(result) if arguments.json else volume_table(result))
-        return
-    out = arguments.out or arguments.run / "evaluation"
-    result = evaluate(arguments.run, arguments.manifest, arguments.split, out, arguments.benchmark, arguments.prompts,
-                      arguments.negative, arguments.pairs, arguments.threshold, arguments.cache, arguments.device)
-    if arguments.json:
-        print(to_json(result))
-        return
-    if result["trained_on"] == "phantom":
-        print(f"note: {PHANTOM_WARNING}")
-    print(f"{result['volumes']} volumes of {result['scans']} scans of {result['patients']} patients, split {result['split']}; {len(result['skipped'])} skipped")
-    print(table(result) if "volume" in result else "no labels, so no metrics")
-    print(f"written: {out / 'scores.csv'}, {out / 'metrics.json'}")
+    a = parser.parse_args(argv)
+    if bool(a.volume) == bool(a.manifest) or not (a.run or a.scores and a.manifest) or a.embed and not (a.manifest and a.out):
+        parser.error("RUN with --manifest or with --volume, or --scores with --manifest, is needed; with --embed also --out")
+    if a.embed:
+        print(f"{a.out}: embeddings of {embed(a.run, a.manifest, a.out, a.split, a.cache, a.device)} volumes")
+    elif a.volume:
+        out = a.out or (a.run / "evaluation" / a.volume.name.split(".")[0] if a.heatmap else None)
+        result = evaluate_volume(a.run, a.volume, a.prompts, a.negative, a.pairs, a.device, out, None if a.heatmap == "default" else a.heatmap)
+        print(to_json(result) if a.json else volume_table(result) + (f"\nwritten: {out / 'report.html'} and heat maps beside it" if out else ""))
+    else:
+        out = a.out or (a.run or a.scores.parent) / "evaluation"
+        result = evaluate(a.run, a.manifest, a.split, out, a.benchmark, a.prompts, a.negative, a.pairs, a.threshold, a.cache, a.device,
+                          a.scores, a.compare, a.probe, a.summaries)
+        print(to_json(result) if a.json else evaluation_table(result) + f"\nwritten: {out / 'report.html'}, metrics.json and scores.csv beside it")
+
+
+def main(argv=None):
+    """Run the command; its exit status, 2 with one line on standard error where the input is wrong."""
+    try:
+        command(argv)
+    except (ValueError, OSError) as error:
+        print(f"evaluate.py: error: {error}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        print(f"evaluate.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(main())

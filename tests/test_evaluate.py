@@ -1,13 +1,19 @@
 """The evaluation's entry points on small real files: a tiny model, volumes written as NIfTI, scores, tables, single scans."""
+import contextlib
+import io
 import json
+import math
 import subprocess
 import sys
+from html.parser import HTMLParser
 from pathlib import Path
 
 import nibabel
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 import data
@@ -48,13 +54,21 @@ def bench(tmp_path_factory):
     return make_run(folder / "run"), folder / "manifest.csv"
 
 
-def command(*arguments):
+def program(*arguments):
     return subprocess.run([sys.executable, "evaluate.py", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True)
+
+
+def command(*arguments):
+    """The same in this process, which spares the imports."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = evaluate.main([str(argument) for argument in arguments])
+    return subprocess.CompletedProcess(arguments, status or 0, out.getvalue(), err.getvalue())
 
 
 def test_the_command_writes_scores_and_metrics_that_agree_with_its_table(bench, tmp_path):
     run, manifest = bench
-    done = command(run, "--manifest", manifest, "--out", tmp_path)
+    done = program(run, "--manifest", manifest, "--out", tmp_path)
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "metrics.json").read_text())
     scores = evaluate.read_scores(tmp_path / "scores.csv")
@@ -209,8 +223,229 @@ def test_bad_input_gets_one_line_and_exit_status_2(bench, tmp_path, arguments, w
     arguments = [bench[1] if a == "M" else tmp_path / a if a.endswith((".json", ".txt", ".gz", ".csv")) else a for a in arguments]
     done = command(bench[0], *arguments)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and why in done.stderr and done.stderr.startswith("evaluate.py: error: ")
+    assert not done.stdout
 
 
 def test_a_run_without_weights_gets_one_line_and_exit_status_2(tmp_path):
-    done = command(tmp_path, "--volume", "scan.nii.gz")
+    done = program(tmp_path, "--volume", "scan.nii.gz")
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "config.json" in done.stderr
+
+
+def test_a_scores_file_of_any_model_is_evaluated_without_a_run_and_its_order_has_no_influence(bench, tmp_path):
+    result = evaluate.evaluate(*bench, out=tmp_path)
+    head, *lines = (tmp_path / "scores.csv").read_text().splitlines()
+    (tmp_path / "turned.csv").write_text("\n".join([head, *reversed(lines)]) + "\n")
+    done = command("--scores", tmp_path / "turned.csv", "--manifest", bench[1], "--out", tmp_path / "again", "--json")
+    assert done.returncode == 0, done.stderr
+    again = json.loads(done.stdout)
+    assert again["volume"] == json.loads(evaluate.to_json(result["volume"])) and again["scan"] == json.loads(evaluate.to_json(result["scan"]))
+    (tmp_path / "short.csv").write_text("\n".join([head, *lines[:-1]]) + "\n")
+    done = command("--scores", tmp_path / "short.csv", "--manifest", bench[1])
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and lines[-1].split(",")[0] in done.stderr
+
+
+def test_thresholds_come_from_another_split_only_if_its_patients_are_others(bench, tmp_path):
+    rows = data.read_manifest(bench[1])
+    moved = [data.Row(**{**vars(row), "split": "valid" if int(row.patient[1:]) < 4 else "tune"}) for row in rows]
+    data.write_manifest(moved, tmp_path / "manifest.csv")
+    evaluate.evaluate(bench[0], tmp_path / "manifest.csv", "tune", tmp_path / "tune")
+    result = evaluate.evaluate(bench[0], tmp_path / "manifest.csv", "valid", tmp_path / "valid", threshold=tmp_path / "tune" / "scores.csv")
+    tuned, labels, classes = evaluate.join(evaluate.read_scores(tmp_path / "tune" / "scores.csv"), [row for row in moved if row.split == "tune"])
+    scores, truth, _ = evaluate.join(evaluate.read_scores(tmp_path / "valid" / "scores.csv"), [row for row in moved if row.split == "valid"])
+    expected = evaluate.metrics(scores, truth, evaluate.best_thresholds(tuned, labels))
+    for c, name in enumerate(classes):
+        assert result["volume"]["classes"][name]["f1"] == pytest.approx(expected["f1"][c])
+    with pytest.raises(ValueError, match="other patients"):
+        evaluate.evaluate(bench[0], tmp_path / "manifest.csv", "valid", tmp_path / "x", threshold=tmp_path / "valid" / "scores.csv")
+
+
+def test_a_model_beside_itself_differs_by_nothing_and_beside_a_better_one_by_what_it_lacks(bench, tmp_path):
+    evaluate.evaluate(*bench, out=tmp_path)
+    same = evaluate.evaluate(*bench, out=tmp_path, compare=tmp_path / "scores.csv")["compare"]
+    assert same["macro_difference"] == 0 and same["macro_difference_95"] == [0, 0] and {c["p"] for c in same["classes"].values()} == {1.0}
+    rows = data.read_manifest(bench[1])
+    evaluate.write_scores(tmp_path / "perfect.csv", [row.name for row in rows], CLASSES, [list(row.labels.values()) for row in rows])
+    better = evaluate.evaluate(*bench, out=tmp_path, compare=tmp_path / "perfect.csv")["compare"]
+    assert better["macro_difference_95"][1] < 0 and all(c["other"] == 1 and 0 <= c["p"] < 0.1 for c in better["classes"].values())
+
+
+def test_the_linear_probe_learns_what_is_linear_and_bears_unknown_labels():
+    rng = np.random.default_rng(0)
+    x, direction = rng.normal(size=(600, 16)), rng.normal(size=(16, 3))
+    labels = (x @ direction > 0.5).astype(float)
+    known = np.where(rng.random(labels.shape) < 0.2, np.nan, labels)
+    known[:, 2] = np.nan
+    scores = evaluate.linear_probe(torch.from_numpy(x[:400]), known[:400], np.arange(400) // 2, torch.from_numpy(x[400:]))
+    reached = evaluate.auroc(scores, labels[400:])
+    assert (reached[:2] > 0.97).all() and reached[2] == 0.5
+
+
+def test_the_probe_stands_beside_the_zero_shot_and_never_trains_on_an_evaluated_patient(bench, tmp_path, monkeypatch):
+    rows = data.read_manifest(bench[1])
+    data.write_manifest([data.Row(**{**vars(row), "split": "train" if row.patient in ("p0", "p1", "p2", "p3", "p4") else "valid"}) for row in rows]
+                        + [data.Row(**{**vars(row), "split": "train", "name": "again"}) for row in rows if row.name == "valid_5_0"], tmp_path / "manifest.csv")
+    seen, inner = [], evaluate.linear_probe
+    monkeypatch.setattr(evaluate, "linear_probe", lambda v, y, patients, new: seen.extend(patients) or inner(v, y, patients, new))
+    result = evaluate.evaluate(bench[0], tmp_path / "manifest.csv", out=tmp_path / "out", probe=tmp_path / "manifest.csv")
+    assert set(seen) == {"p0", "p1", "p2", "p3", "p4"} and 0 <= result["volume"]["macro"]["CT-RATE"]["probe_auroc"] <= 1
+    assert "linear probe" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_embeddings_are_written_with_their_names(bench, tmp_path):
+    done = command(bench[0], "--embed", "--manifest", bench[1], "--out", tmp_path / "e.safetensors")
+    assert done.returncode == 0, done.stderr
+    with safe_open(tmp_path / "e.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["names"]) == [row.name for row in data.read_manifest(bench[1])]
+        assert file.get_tensor("v").shape == file.get_tensor("v_hat").shape == (24, 16)
+
+
+class Page(HTMLParser):
+    """Checks that every element is closed and collects what would be fetched."""
+    VOID = {"meta", "img", "br", "rect", "path", "polyline", "circle"}
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.fetched = [], []
+        self.feed(text)
+        assert not self.open
+
+    def handle_starttag(self, tag, attributes):
+        self.open += [tag] if tag not in self.VOID else []
+        self.fetched += [value for key, value in attributes if key in ("src", "href", "srcset")]
+
+    def handle_startendtag(self, tag, attributes):
+        pass
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_the_report_is_one_whole_page_that_fetches_nothing_and_shows_every_class(bench, tmp_path):
+    result = evaluate.evaluate(*bench, out=tmp_path, compare=None)
+    text = (tmp_path / "report.html").read_text()
+    page = Page(text)
+    assert page.fetched and all(link.startswith("data:image/png;base64,") for link in page.fetched) and "@import" not in text and "url(" not in text
+    assert all(name in text for name in [*CLASSES, "Retrieval", "Modality gap", "Most wrong", result["model_sha256"], result["prompts_sha256"]])
+    assert result["retrieval"]["volume_to_report"]["candidates"] == 12 and set(result["gap"]) == {"before", "after"}
+    assert "finding 3" not in text                                                                     # no report's text
+
+
+def test_a_manifest_without_labels_or_reports_is_scored_all_the_same(bench, tmp_path):
+    data.write_manifest([data.Row(row.name, row.path) for row in data.read_manifest(bench[1])[:3]], tmp_path / "manifest.csv")
+    done = command(bench[0], "--manifest", tmp_path / "manifest.csv", "--out", tmp_path / "out")
+    assert done.returncode == 0 and "no labels" in done.stdout, done.stderr
+    assert len(next(iter(evaluate.read_scores(tmp_path / "out" / "scores.csv").values()))) == 33
+    Page((tmp_path / "out" / "report.html").read_text())
+
+
+def explicit_attention(kept):
+    def attend(q, k, v, attn_mask=None):
+        scores = q @ k.mT / math.sqrt(q.shape[-1])
+        attention = torch.softmax(scores if attn_mask is None else scores.masked_fill(~attn_mask, -math.inf), dim=-1)
+        if attention.requires_grad:
+            attention.retain_grad()
+            kept.append(attention)
+        return attention @ v
+    return attend
+
+
+def test_rollout_equals_its_published_form_with_whole_attention_matrices(monkeypatch):
+    torch.manual_seed(0)
+    model = BrgSA(Config(**TINY)).eval()
+    hu = np.random.default_rng(0).integers(-1000, 1000, TINY["shape"]).astype(np.int16)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(3)                                                                                  # so that attention is not flat
+        t = F.normalize(model.encode_text(["There is lung nodule"]), dim=-1)
+    ours, kept = evaluate.heatmap(model, hu, ["There is lung nodule"]), []
+    monkeypatch.setattr(F, "scaled_dot_product_attention", explicit_attention(kept))
+    v = model.encode_image(torch.from_numpy(hu)[None, None])
+    ((F.cosine_similarity(v, t) + F.cosine_similarity(model.bridge(v), t)) / 2).sum().backward()
+    rolled = torch.eye(kept[0].shape[-1])
+    for attention in kept:
+        rolled = rolled + (attention * attention.grad)[0].relu().mean(0) @ rolled
+    assert ours.shape == (4, 4, 3) and ours.max() > 0
+    np.testing.assert_allclose(ours.ravel(), rolled[0, 1:].detach(), rtol=1e-4, atol=1e-9)
+    assert not any(block.attn.qkv._forward_hooks or block.attn.proj._forward_pre_hooks for block in model.vision.blocks)
+
+
+def test_gradcam_of_a_mean_pooled_network_is_its_features_weighted_by_their_gradient():
+    torch.manual_seed(0)
+    model = BrgSA(Config(**TINY | {"vision": "resnet18"})).eval()
+    hu = np.random.default_rng(0).integers(-1000, 1000, TINY["shape"]).astype(np.int16)
+    ours = evaluate.heatmap(model, hu, ["There is lung nodule"])
+    with torch.no_grad():
+        features = model.vision(model.normalise(torch.from_numpy(hu)[None, None]))[1][0]                                  # (gx, gy, gz, C)
+        t = F.normalize(model.encode_text(["There is lung nodule"]), dim=-1)
+    mean = features.mean((0, 1, 2)).requires_grad_()
+    v = model.vision_projection(mean[None])
+    ((F.cosine_similarity(v, t) + F.cosine_similarity(model.bridge(v), t)) / 2).sum().backward()
+    expected = (features @ mean.grad).relu() / features[..., 0].numel()
+    np.testing.assert_allclose(ours, expected, atol=1e-7)
+
+
+@pytest.mark.parametrize("vision, wrong", [("vit", "gradcam"), ("resnet18", "rollout")])
+def test_a_map_that_the_encoder_cannot_give_is_refused(vision, wrong):
+    model = BrgSA(Config(**TINY | {"vision": vision})).eval()
+    hu = np.zeros(TINY["shape"], np.int16)
+    assert np.abs(evaluate.heatmap(model, hu, ["x"], "similarity")).max() <= 1.0001
+    with pytest.raises(ValueError, match=wrong):
+        evaluate.heatmap(model, hu, ["x"], wrong)
+
+
+RAS = np.array([[0.9, 0, 0, -90], [0, 0.9, 0, -100], [0, 0, 2.5, -60], [0, 0, 0, 1.0]])
+
+
+@pytest.mark.parametrize("affine", [RAS, np.diag([-0.9, -0.9, 2.5, 1]), RAS[[2, 0, 1, 3]]], ids=["RAS", "LPS", "permuted"])
+def test_a_map_written_back_overlays_the_lesion_in_the_scans_own_voxels(tmp_path, affine):
+    hu = np.full((220, 230, 70), -900, np.int16)
+    hu[150:170, 60:80, 40:47] = 100
+    nibabel.save(nibabel.Nifti1Image(hu, affine), tmp_path / "scan.nii.gz")
+    volume, config = data.read_volume(tmp_path / "scan.nii.gz"), Config(spacing=(2, 2, 4), shape=(96, 80, 32), patch=(4, 4, 4))
+    small = data.preprocess(volume.hu, volume.spacing, config.spacing, config.shape, config.hu_range)
+    grid = small.reshape(24, 4, 20, 4, 8, 4).clip(-900).mean((1, 3, 5))
+    heat = evaluate.to_scan(grid, volume, config)
+    evaluate.write_heatmap(tmp_path / "heat.nii.gz", heat, volume, tmp_path / "scan.nii.gz")
+    written = nibabel.load(tmp_path / "heat.nii.gz")
+    np.testing.assert_array_equal(written.affine, nibabel.load(tmp_path / "scan.nii.gz").affine)
+    assert written.shape == hu.shape
+    inside = np.unravel_index(written.get_fdata().argmax(), hu.shape)
+    assert hu[inside] == 100
+    centre = np.array(np.nonzero(written.get_fdata() > 0.5)).mean(1)
+    np.testing.assert_allclose(centre, [159.5, 69.5, 43], atol=1.5)
+    assert written.get_fdata().min() >= 0 and written.get_fdata().max() == pytest.approx(1, abs=0.1)
+    assert evaluate.planes_png(heat, volume, "cube")[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize("vision", ["vit", "resnet18"])
+def test_one_scans_page_and_maps_are_written_for_the_named_prompts(tmp_path, vision):
+    run = make_run(tmp_path / "run", vision=vision)
+    write_scan(tmp_path / "scan.nii.gz", 0, np.diag([8.0, 8.0, 8.0, 1.0]))
+    done = command(run, "--volume", tmp_path / "scan.nii.gz", "--prompts", "lung nodule", "--heatmap", "--out", tmp_path / "out", "--json")
+    assert done.returncode == 0, done.stderr
+    (finding,) = json.loads(done.stdout)["findings"]
+    image = nibabel.load(finding["heatmap"])
+    assert image.shape == (30, 28, 24) and (image.affine == np.diag([8.0, 8.0, 8.0, 1.0])).all()
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["lung_nodule.nii.gz", "lung_nodule.png", "report.html"]
+    assert len(Page((tmp_path / "out" / "report.html").read_text()).fetched) == 1
+
+
+def test_a_synthetic_rad_chestct_runs_end_to_end(tmp_path):
+    rng = np.random.default_rng(0)
+    columns = ["calcification*heart", "nodulegr1cm*left_upper", "nodule*right_lung", "pacemaker_or_defib*heart", "coronary_artery_disease*heart"]
+    lines = ["NoteAcc_DEID," + ",".join(columns)]
+    for i in range(12):
+        name = f"trn{i:05d}"
+        np.savez(tmp_path / f"{name}.npz", ct=rng.integers(-1000, 400, (30, 40, 40)).astype(np.int16))
+        lines.append(f"{name}," + ",".join(str(rng.integers(2)) for _ in columns))
+    (tmp_path / "imgtest_Abnormality_and_Location_Labels.csv").write_text("\n".join(lines) + "\n")
+    made = subprocess.run([sys.executable, "data.py", "manifest", "--dataset", "rad-chestct", "--root", tmp_path, "--split", "test", "--out",
+                           tmp_path / "manifest.csv"], cwd=ROOT, capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr
+    run = make_run(tmp_path / "run", spacing=(1.0, 1.0, 1.0))
+    result = evaluate.evaluate(run, tmp_path / "manifest.csv", out=tmp_path / "out", benchmark="rad-chestct")
+    assert len(result["volume"]["classes"]) == 16 and result["volume"]["classes"]["Calcification"]["positives"] > 0
+    assert result["volume"]["macro"]["all"]["of"] == 16
+    everything = evaluate.evaluate(run, tmp_path / "manifest.csv", out=tmp_path / "out", benchmark="rad-chestct-all")
+    assert "Coronary artery disease" in everything["volume"]["classes"]
+    Page((tmp_path / "out" / "report.html").read_text())
