@@ -548,7 +548,7 @@ class ReportVolumes(torch.utils.data.Dataset):
         start = [random.integers(full - size + 1) for full, size in zip(volume.shape, crop)]
         volume = volume[tuple(slice(first, first + size) for first, size in zip(start, crop))]
         text = " ".join(text[i] for i in random.permutation(len(text))[:self.n_sentences])
-        return torch.from_numpy(numpy.ascontiguousarray(volume))[None], text
+        return torch.from_numpy(numpy.array(volume))[None], text
 
 
 class Volumes(torch.utils.data.Dataset):

@@ -192,6 +192,7 @@ class ResNet3D(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv3d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        self.to(memory_format=torch.channels_last_3d)
 
     def forward(self, volumes):
         x = self.blocks(self.stem(volumes.contiguous(memory_format=torch.channels_last_3d)))  # (B, C, gx, gy, gz)
@@ -329,8 +330,8 @@ class BrgSA(nn.Module):
     def normalise(self, volumes):
         """HU of any type -> the vision encoder's input, float."""
         low, high = self.config.hu_range
-        unit = (volumes.float().clamp(low, high) - low) * (2 / (high - low)) - 1
-        return (unit - self.config.mean) / self.config.std
+        gain = 2 / (high - low) / self.config.std  # [low, high] -> [-1, 1] -> (x - mean) / std, in one pass
+        return volumes.float().clamp(low, high).mul_(gain).sub_(low * gain + (1 + self.config.mean) / self.config.std)
 
     def encode_image(self, volumes):
         """Volumes (B, 1, X, Y, Z) in HU, preprocessed -> v (B, dim)."""

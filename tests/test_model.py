@@ -1,0 +1,194 @@
+"""model.py: the encoders against their definitions and transformers' BERT; what is saved loads the same or says why not."""
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import model as model_module
+from cmki import alignment_loss
+from model import PRESETS, BrgSA, Config, ResNet3D, TextEncoder, ViT3D, clean, train_tokenizer
+
+SMALL = Config(**{**PRESETS["phantom"], "shape": (48, 48, 40), "crop": (40, 32, 32), "vit_width": 48, "vit_depth": 2, "vit_heads": 2, "resnet_width": 4,
+                  "vocabulary": 300, "text_width": 32, "text_depth": 5, "text_heads": 2, "dim": 24, "bank_size": 16})
+TEXTS = ["There is a pleural effusion.", "There is no Nodule; 1.5 cm"]
+
+
+def small(vision="vit", seed=0, **changes):
+    torch.manual_seed(seed)
+    return BrgSA(Config(**{**SMALL.__dict__, "vision": vision, **changes}), train_tokenizer(TEXTS * 5, 300))
+
+
+def volumes(n=2, shape=SMALL.crop, seed=0):
+    return torch.randint(-1000, 1000, (n, 1, *shape), dtype=torch.int16, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("vision", ["vit", "resnet18", "resnet34"])
+def test_every_encoder_embeds_both_modalities_and_every_parameter_gets_a_gradient(vision):
+    model = small(vision)
+    v, t, v_hat, t_hat = model(volumes(), TEXTS)
+    assert v.shape == t.shape == v_hat.shape == t_hat.shape == (2, 24)
+    alignment_loss(v, t, v_hat, t_hat)[0].backward()
+    without = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert without == []
+    pooled, grid = model.vision(model.normalise(volumes()))
+    assert pooled.shape == (2, model.vision.width) and grid.ndim == 5 and grid.shape[-1] == model.vision.width
+
+
+def test_normalisation_is_the_authors():
+    model = small()
+    out = model.normalise(torch.tensor([-2000, -1000, 0, 1000, 3000], dtype=torch.int16))
+    assert torch.allclose(out, (torch.tensor([-1.0, -1, 0, 1, 1]) - 0.4978) / 0.2449, atol=1e-5)
+
+
+def test_patches_are_flattened_as_the_authors_convolution_does():
+    vit = ViT3D((16, 24, 16), (8, 8, 4), width=12, depth=0, heads=2)
+    x = torch.randn(1, 1, 16, 24, 16)
+    _, grid = vit(x)
+    position = vit.pos_embed[0, 1:].view(2, 3, 4, 12)
+    i, j, k = 1, 2, 3
+    patch = x[0, 0, 8 * i:8 * i + 8, 8 * j:8 * j + 8, 4 * k:4 * k + 4]
+    token = (vit.patch_embed["proj"].weight[:, 0] * patch).sum((1, 2, 3)) + vit.patch_embed["proj"].bias + position[i, j, k]
+    assert torch.allclose(grid[0, i, j, k], F.layer_norm(token, (12,), eps=1e-5), atol=1e-4)
+
+
+def test_position_embeddings_are_distinct_fixed_sines_and_resize_trilinearly():
+    embedding = model_module.sincos_position_embedding((3, 4, 5), 30)
+    assert embedding.shape == (60, 30) and torch.pdist(embedding).min() > 0.1
+    x, y, z = 2, 1, 3
+    row = embedding.view(3, 4, 5, 30)[x, y, z]
+    frequency = 1e4 ** (-torch.arange(5) / 5)
+    assert torch.allclose(row, torch.cat([f(a * frequency) for a in (x, y, z) for f in (torch.sin, torch.cos)]), atol=1e-6)
+    vit = ViT3D((16, 16, 16), (8, 8, 8), width=12, depth=0, heads=2)
+    with torch.no_grad():  # a linear function of the place stays linear between the centres
+        vit.pos_embed[0, 1:, 0] = torch.tensor([0.0, 0, 0, 0, 1, 1, 1, 1])
+    resized = vit.position_embedding((4, 2, 2))[0, 1:, 0].view(4, 2, 2)
+    assert torch.allclose(resized[:, 0, 0], torch.tensor([0.0, 0.25, 0.75, 1.0]))
+    assert vit(torch.randn(1, 1, 32, 16, 16))[1].shape == (1, 4, 2, 2, 12)
+
+
+def test_a_volume_that_patches_do_not_divide_is_refused():
+    with pytest.raises(ValueError, match="multiple"):
+        small().encode_image(volumes(1, (44, 32, 32)))
+
+
+def test_resnets_are_bottlenecks_that_shrink_32_times():
+    for depth, blocks in ((18, 8), (34, 16)):
+        net = ResNet3D(depth, width=4).eval()
+        assert len(net.blocks) == blocks
+        pooled, grid = net(torch.randn(1, 1, 64, 64, 32))
+        assert grid.shape == (1, 2, 2, 1, 128) and torch.allclose(pooled, grid.mean((1, 2, 3)), atol=1e-6)
+
+
+def test_text_is_cleaned_to_letters_and_digits():
+    assert clean("There is NO\npleural-effusion, 1.5 cm (left_side).") == "there is no pleural effusion 1 5 cm left side"
+    model = small().eval()
+    with torch.no_grad():
+        a, b = model.encode_text(["Pleural EFFUSION.", "pleural effusion"])
+    assert torch.equal(a, b)
+
+
+def test_padding_and_the_other_texts_of_a_batch_change_nothing():
+    model = small().eval()
+    with torch.no_grad():
+        together = model.encode_text(["nodule", "a much longer text about the pleural effusion that is there", ""])
+        assert torch.allclose(together, torch.cat([model.encode_text([text]) for text in
+                                                   ("nodule", "a much longer text about the pleural effusion that is there", "")]), atol=1e-5)
+
+
+def test_without_a_tokenizer_words_are_spelled():
+    model = BrgSA(SMALL)
+    assert "[UNK]" not in model.text.tokenizer.encode("pleural effusion 42").tokens
+    assert model.encode_text(["pleural effusion"]).shape == (1, 24)
+
+
+@pytest.mark.parametrize("files", ["tokenizer.json", "vocab.txt"])
+def test_text_encoder_agrees_with_transformers_bert(tmp_path, files):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    tokenizer = train_tokenizer(["effusion of the pleura", "nodules, effusions and nodularity"] * 3, 70)
+    assert any(token.startswith("##") for token in tokenizer.encode("unpleural").tokens)
+    config = transformers.BertConfig(vocab_size=80, hidden_size=32, num_hidden_layers=5, num_attention_heads=4, intermediate_size=128, max_position_embeddings=40)
+    bert = transformers.BertModel(config).eval()
+    bert.save_pretrained(tmp_path)
+    if files == "tokenizer.json":
+        tokenizer.save(str(tmp_path / files))
+    else:
+        vocabulary = tokenizer.get_vocab()
+        (tmp_path / files).write_text("\n".join(sorted(vocabulary, key=vocabulary.get)))
+    encoder = TextEncoder.from_huggingface(tmp_path)
+    texts = ["pleural effusion", "Nodules of the pleura; unpleural."]
+    with torch.no_grad():
+        ours = encoder(texts)
+        for text, mine in zip(texts, ours):  # REFERENCE section 2: last four layers, pieces of a word summed, mean over words, sum over layers
+            encoding = tokenizer.encode(clean(text))
+            n = sum(encoding.attention_mask)
+            states = bert(input_ids=torch.tensor([encoding.ids[:n]]), output_hidden_states=True).hidden_states[-4:]
+            words = []
+            for i, token in enumerate(encoding.tokens[:n]):
+                piece = torch.stack([state[0, i] for state in states])
+                words.append(piece) if not token.startswith("##") else words.append(words.pop() + piece)
+            assert len(words) < n or text == texts[0]
+            assert torch.allclose(mine, torch.stack(words).mean(0).sum(0), atol=1e-4)
+
+
+def test_a_folder_that_is_no_bert_is_named(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    with pytest.raises(ValueError, match="'gpt2', a BERT is needed"):
+        TextEncoder.from_huggingface(tmp_path)
+
+
+@pytest.mark.parametrize("vision", ["vit", "resnet18"])
+def test_what_is_saved_loads_the_same(tmp_path, vision):
+    model = small(vision)
+    model(volumes(4), TEXTS * 2)  # moves the running statistics
+    model.eval()
+    model.save_pretrained(tmp_path)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["config.json", "model.safetensors", "tokenizer.json"]
+    loaded = BrgSA.from_pretrained(tmp_path)
+    assert loaded.config == model.config and not loaded.training
+    with torch.no_grad():
+        for ours, theirs in zip(loaded(volumes(), TEXTS), model(volumes(), TEXTS)):
+            assert torch.equal(ours, theirs)
+
+
+def test_a_damaged_run_directory_is_named(tmp_path):
+    with pytest.raises(ValueError, match="config.json: no such file"):
+        BrgSA.from_pretrained(tmp_path)
+    small().save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:len(content) // 2])
+    with pytest.raises(ValueError, match="model.safetensors: damaged"):
+        BrgSA.from_pretrained(tmp_path)
+    weights.unlink()
+    with pytest.raises(ValueError, match="model.safetensors: no such file"):
+        BrgSA.from_pretrained(tmp_path)
+    weights.write_bytes(content)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**settings, "dim": 32}))
+    with pytest.raises(ValueError, match="doesn't fit config.json"):
+        BrgSA.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({**settings, "dims": 32}))
+    with pytest.raises(ValueError, match="unknown settings dims"):
+        BrgSA.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    (tmp_path / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match="tokenizer.json"):
+        BrgSA.from_pretrained(tmp_path)
+
+
+def test_the_base_preset_has_the_authors_sizes():
+    with torch.device("meta"):
+        vit = ViT3D()
+    assert vit.base_grid == (14, 14, 14) and vit.pos_embed.shape == (1, 2745, 768)
+    assert sum(p.numel() for p in vit.blocks.parameters()) == 12 * (12 * 768**2 + 13 * 768)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("vision", ["vit", "resnet18", "resnet34"])
+def test_the_base_preset_trains_a_step_at_full_size(vision):
+    model = BrgSA(Config(vision=vision))
+    alignment_loss(*model(volumes(2, (224, 224, 112)), TEXTS))[0].backward()
+    with torch.no_grad():
+        assert model.eval().encode_image(volumes(1, (256, 256, 128))).shape == (1, 768)
