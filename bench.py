@@ -49,12 +49,117 @@ def bench_evaluate(arguments):
         print(f"the 95 % bootstrap interval over {unit} holds the true AUROC {truth} in {100 * count / sets:.1f} % of {sets} simulated data sets")
 
 
+QWEN_05B = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "vocab_size": 151936, "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24,
+            "num_attention_heads": 14, "num_key_value_heads": 2, "max_position_embeddings": 32768, "rope_theta": 1e6, "rms_norm_eps": 1e-6, "hidden_act": "silu",
+            "tie_word_embeddings": True, "torch_dtype": "bfloat16"}
+DECODER = """
+import json, sys, time, torch
+torch.set_num_threads(2)
+directory, ours, new, prompts = sys.argv[1], sys.argv[2] == "ours", int(sys.argv[3]), json.load(open(sys.argv[4]))
+if ours:
+    import summarize
+    llm = summarize.LLM.from_pretrained(directory, "cpu")
+    def generate(n, share):
+        llm.shared = (), None
+        return [row for _, row in sorted(llm.generate_ids(prompts, n, share_prefix=share))]
+else:
+    import transformers
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)
+    def generate(n, share):
+        ids = torch.tensor(prompts)
+        return model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=n, do_sample=False)[:, ids.shape[1]:].tolist()
+def seconds(n, share):
+    start = time.perf_counter()
+    rows = generate(n, share)
+    assert all(len(row) == n for row in rows)
+    return time.perf_counter() - start
+generate(2, True)
+times = {}
+for share in (True, False) if ours else (False,):
+    first, whole = min(seconds(1, share) for _ in range(2)), min(seconds(new, share) for _ in range(2))
+    times["shared head" if share else "no shared head"] = {"prefill": first, "whole": whole}
+peak = [int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")][0]
+print(json.dumps({"times": times, "peak MiB": peak / 1024}))
+"""
+
+
+def bench_summarize(arguments):
+    """The decoder beside transformers' generate on random weights of Qwen2.5-0.5B's dimensions; the small summarizer on phantom reports it wasn't trained on."""
+    import json
+    import subprocess
+    import sys
+    import tempfile
+    from pathlib import Path
+
+    import phantom
+    import summarize
+    import torch
+    if arguments.pairs:
+        with open(arguments.pairs, "w", encoding="utf-8") as file:
+            for report, names in phantom.reports(100_000, 1000, enriched=True):
+                file.write(json.dumps({"report": report, "abnormalities": names}) + "\n")
+        return print(f"{arguments.pairs}: 100,000 pairs of the phantom's usual wordings")
+    directory = Path(arguments.checkpoint)
+    print("small summarizer, 1,000 phantom reports of a seed not trained on, enriched with the rare abnormalities")
+    for wordings in ("usual", "held-out"):
+        pairs = list(phantom.reports(1000, 77, wordings=wordings, enriched=True))
+        start, llm = time.perf_counter(), summarize.LLM.from_pretrained(directory, "cpu")
+        found = {i: names for i, names, _, _ in summarize.answers(llm, [report for report, _ in pairs], batch_size=128)}
+        elapsed = time.perf_counter() - start
+        rows = [{"report": report, **{f"label:{name}": str(int(name in names)) for name in summarize.BENCHMARK_NAMES}} for report, names in pairs]
+        table = summarize.score(rows, {summarize.sha256(pairs[i][0]): {"abnormalities": names} for i, names in found.items()})
+        wrong = sum(bool(set(found[i] or ()) - set(names)) for i, (_, names) in enumerate(pairs)) / len(pairs)
+        print(f"\n{wordings} wordings: {1000 / elapsed:.0f} reports/s; {100 * wrong:.1f} % of reports have an abnormality affirmed that they deny or don't name; "
+              f"{sum(names is None for names in found.values())} unreadable answers\n{summarize.format_score(table)}")
+    if arguments.small:
+        return None
+
+    numbers = torch.ones(2 ** 28 // 4)
+    bandwidth = max(numbers.numel() * 4 / timed(numbers.sum) for _ in range(5)) / 1e9
+    generator = torch.Generator().manual_seed(0)
+    head = torch.randint(10, 150000, (450,), generator=generator).tolist()
+    prompts = [head + torch.randint(10, 150000, (150,), generator=generator).tolist() for _ in range(8)]
+    with tempfile.TemporaryDirectory() as directory:
+        directory = Path(directory)
+        shapes = summarize.Config.from_dict(QWEN_05B).shapes()
+        weights = {name: (torch.ones(shape) if len(shape) == 1 else torch.randn(shape, generator=generator) * 0.02).bfloat16() for name, shape in shapes.items()}
+        size = sum(weight.numel() * 2 for weight in weights.values())
+        summarize.save_file(weights, directory / "model.safetensors", {"format": "pt"})
+        del weights
+        (directory / "config.json").write_text(json.dumps(QWEN_05B))
+        (directory / "prompts.json").write_text(json.dumps(prompts))
+        results = {}
+        for name in ("ours", "transformers"):
+            command = [sys.executable, "-c", DECODER, str(directory), name, "64", str(directory / "prompts.json")]
+            results[name] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.splitlines()[-1])
+    print(f"\nQwen2.5-0.5B's dimensions, bf16, 2 threads, 8 prompts of 600 tokens (450 shared), 64 new; weights {size / 1e9:.2f} GB, memory read at {bandwidth:.0f} GB/s: "
+          f"at most {8 * bandwidth * 1e9 / size:.0f} tokens/s by reading the weights once a step")
+    for name, result in results.items():
+        for kind, t in result["times"].items():
+            print(f"{name:13s} {kind:15s} whole {t['whole']:6.2f} s = {512 / t['whole']:6.1f} new tokens/s; prefill {t['prefill']:6.2f} s = {4800 / t['prefill']:6.0f} prompt tokens/s; "
+                  f"decode {504 / (t['whole'] - t['prefill']):6.1f} tokens/s; peak {result['peak MiB']:.0f} MiB")
+    peer, ours = results["transformers"]["times"]["no shared head"], results["ours"]["times"]
+    decode = lambda t: t["whole"] - t["prefill"]
+    print(f"ratios: whole {peer['whole'] / ours['shared head']['whole']:.2f}; decode without a shared head {decode(peer) / decode(ours['no shared head']):.2f}")
+
+
+def timed(call):
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("evaluate", help="patient bootstrap: speed beside scikit-learn, and coverage of its intervals")
     command.add_argument("--sets", type=int, default=1000, help="simulated data sets for the coverage")
     command.set_defaults(run=bench_evaluate)
+    command = commands.add_parser("summarize", help="the decoder beside transformers' generate; the small summarizer's F1 and speed")
+    command.add_argument("--checkpoint", default="checkpoints/summarizer")
+    command.add_argument("--small", action="store_true", help="the small summarizer alone")
+    command.add_argument("--pairs", metavar="FILE", help="write the pairs that the small summarizer is trained on, and nothing else")
+    command.set_defaults(run=bench_summarize)
     arguments = parser.parse_args()
     arguments.run(arguments)
 

@@ -748,3 +748,222 @@ def format_score(table):
     cell = lambda value: "    -" if value is None else f"{value:.3f}"
     rows = [f"{name:35s} {row['true_positive'] + row['false_negative']:6d}   {cell(row['precision'])}   {cell(row['recall'])}   {cell(row['f1'])}" for name, row in table.items()]
     return "\n".join([f"{'abnormality':35s} labels   precision  recall  F1", *rows])
+
+
+# ------------------------------------------------------------------------------------------------ fit: distil a small summarizer
+# Sentences of our own, mixed into the training reports so that a small model meets more words than its pairs hold; {x}: a name or another way to say it.
+AFFIRMING = (
+    "There is {x}.|There is {x} {w}.|{x} is present.|{x} is present {w}.|{x} {w}.|{x}.|{x} is seen {w}.|{x} was seen.|{x} is noted {w}.|{x} was noted.|{x} was found {w}.|{x} is shown.|{x} detected {w}."
+    "|{x} can be seen {w}.|{x} stands out {w}.|{x} draws attention {w}.|The images show {x} {w}.|The scan demonstrates {x}.|CT shows {x} {w}.|We see {x} {w}.|Findings are consistent with {x}."
+    "|Findings compatible with {x} {w}.|Appearance suggestive of {x}.|Signs of {x} are visible {w}.|Imaging features of {x}.|Impression: {x}.|Diagnosis: {x}.|Result: {x} {w}.|Evidence of {x} {w}."
+    "|Marked {x} {w}.|Mild {x} is visible.|Small {x} {w}.|Extensive {x} is demonstrated {w}.|Unchanged {x} {w}.|Persistent {x} is again seen.|Known {x} persists.|Newly developed {x} {w}."
+    "|{x} has increased since the prior exam.|{x} and {y} are present.|There are {x} and {y}.|{x} with accompanying {y} {w}.|Both {x} and {y} were noted.|{x} is accompanied by {y}.|{x} as well as {y} is found."
+    "|In addition there is {x}.|Further {x} is recorded {w}.|Note is made of {x} {w}.|Remarkable for {x}.|The study is positive for {x}.|Incidental {x} {w}.|{x} is evident.|{x} is apparent {w}.|One observes {x} {w}."
+    "|{x} is recognised {w}.|{x} could be made out {w}.|The current study displays {x}.|This investigation uncovers {x}.|{x} exists {w}.|{x} is confirmed.|{x} is conspicuous {w}.|{x} is discernible {w}."
+).split("|")
+NEGATING = (
+    "No {x}.|No {x} {w}.|No {x} is seen.|No {x} was seen {w}.|No {x}, {y} or {z}.|There is no {x}.|There is no {x} or {y}.|There are no {x}.|There is no evidence of {x}.|No evidence of {x} or {y}.|No sign of {x}."
+    "|No signs of {x}, {y} or {z} were found.|{x} was not seen.|{x} is not seen {w}.|{x} is not present.|{x} was not detected.|{x} and {y} were not observed.|{x} or {y} is not visible.|{x} could not be found."
+    "|{x} cannot be shown.|Without {x}.|Without {x} or {y}.|Lungs without {x}.|Negative for {x}.|The study is negative for {x} and {y}.|Free of {x}.|The lungs are free of {x} or {y}.|Absence of {x} {w}."
+    "|Absent {x}.|{x}: absent.|{x} and {y} are both absent.|{x}: none.|{x}: no.|Lack of {x}.|There is a lack of {x}.|Signs of {x} are lacking.|The scan lacks {x}.|Neither {x} nor {y} is seen."
+    "|Neither {x}, {y} nor {z} was found.|The study shows neither {x} nor {y}.|No {x} nor {y}.|{x} is excluded.|{x} was ruled out.|{x} is ruled out on this examination.|{x} has been excluded."
+    "|The former {x} has disappeared.|The {x} of the prior study has resolved.|Previously noted {x} is no longer seen.|{x} is no longer present.|{x} has regressed completely.|Complete resolution of {x}."
+    "|Complete disappearance of {x} since the former study.|{x} has cleared.|Earlier {x} healed without residue.|The {x} described before is gone.|{x} vanished.|{x} resolved in the interval."
+    "|History of {x}, now resolved.|History of {x}.|Status after {x}.|{x} in the past.|Treated {x} in the history, not visible now.|Clinical question: {x}?|Referred for suspected {x}.|Indication: {x}?"
+    "|Nothing suggests {x}.|Nothing to suggest {x} or {y}.|No findings in favour of {x}.|Findings do not support {x}.|The images do not show {x}.|The scan does not demonstrate {x} or {y}.|We do not see {x}."
+    "|{x} is unlikely.|{x} is not evident.|{x} is not apparent {w}.|{x} has not developed.|Neither now nor earlier was {x} present.|Neither the current nor the prior CT shows {x}.|{x} is denied.|{x} is missing."
+    "|Not a trace of {x}.|At no level is {x} visible.|None of {x}, {y} and {z} is present.|{x} is nowhere to be seen.|Hardly any doubt that {x} is absent.|Devoid of {x}.|Clear of {x}.|{x} fails to appear."
+).split("|")
+PLACES = (
+    "in the right upper lobe|in the left lower lobe|in the middle lobe|in the lingula|in both lungs|on the right|on the left|on both sides|bilaterally|at the bases|at the apex|in the upper zones|in several segments"
+    "|posteriorly|peripherally|at the hilar level|along the descending aorta|at the level of the carina|measuring 12 mm|up to 8 mm in size|of 3 cm|more on the left|to a mild degree|at a glance|on this examination|in the sections"
+).split("|")
+
+
+def augment(report, names, rng):
+    """A (report, names) pair with sentences of our own put in: some affirm names (added to the pair's), some deny what the report doesn't affirm."""
+    parts = re.split(r"(?<=[.!?])\s+", report.strip()) if rng.random() < .6 else []  # else a short report of our sentences alone
+    names = set(names) if parts else set()
+    absent = [name for name in BENCHMARK_NAMES if name not in names]
+    rng.shuffle(absent)
+
+    def say(frames, count):
+        chosen = [absent.pop() for _ in range(min(count, len(absent)))]
+        words = [rng.choice([name, *BENCHMARK_NAMES[name].split("|")]).lower() for name in chosen]
+        words = [word if rng.random() < .6 else re.sub(r"(?<=[^s])$", "s", word) for word in words]
+        frame = rng.choice([frame for frame in frames if count == 1 + ("{y}" in frame) + ("{z}" in frame)])
+        words += [""] * (3 - len(words))
+        return chosen, re.sub(r" +(?=\.)", "", frame.format(x=words[0], y=words[1], z=words[2], w=rng.choice(PLACES + [""] * 12)))
+    for frames, mean in ((AFFIRMING, 1.2 if parts else 2.5), (NEGATING, 2.5)):
+        for _ in range(min(int(rng.expovariate(1 / mean)), 8)):
+            count = min(rng.choice((1, 1, 1, 2, 2, 3)), 3 if frames is NEGATING else 2)
+            if len(absent) >= count:
+                chosen, sentence = say(frames, count)
+                names |= set(chosen) if frames is AFFIRMING else set()
+                parts.insert(rng.randint(0, len(parts)), sentence)
+    if rng.random() < .5:
+        rng.shuffle(parts)
+    return " ".join(parts) or "Normal chest CT.", names
+
+
+def read_pairs(path, manifest=None):
+    """Lines {"report" or "report_sha256", "abnormalities"} -> list of (report, names); a report_sha256 is looked up in `manifest`."""
+    reports = {sha256(row["report"]): row["report"] for row in read_manifest(manifest)} if manifest else {}
+    pairs = []
+    for number, text in enumerate(Path(path).read_text("utf-8").splitlines(), 1):
+        try:
+            entry = json.loads(text)
+            if entry["abnormalities"] is not None:
+                pairs.append((entry["report"] if "report" in entry else reports[entry["report_sha256"]], entry["abnormalities"]))
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f'{path}: line {number} is no {{"report", "abnormalities"}}, nor a summary of a report in --manifest') from None
+    if len(pairs) < 10:
+        raise ValueError(f"{path}: {len(pairs)} pairs are too few to train on")
+    return pairs
+
+
+def answer_text(names):
+    """The answer that a pair teaches: the vocabulary's order, then other names by the alphabet."""
+    rank = {name: place for place, name in enumerate(VOCABULARY)}
+    return "; ".join(sorted(set(names), key=lambda name: (rank.get(name, len(rank)), name))) or "None"
+
+
+SPECIALS = "<|pad|>", "<|report|>", "<|answer|>", "<|end|>"
+SMALL_TEMPLATE = "<|report|>{{ messages[-1]['content'] }}<|answer|>"  # a small model has its task in its weights: it needs neither instruction nor examples
+
+
+def new_checkpoint(out, texts, vocab, width, layers, heads, seed):
+    """Write a Llama of random weights, with a lower-casing byte-level BPE tokenizer trained on texts, into directory `out`."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer, tokenizer.decoder = normalizers.Lowercase(), decoders.ByteLevel()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=True)])
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab, special_tokens=list(SPECIALS), initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": tokenizer.get_vocab_size(), "hidden_size": width, "intermediate_size": 3 * width,
+              "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": heads, "head_dim": width // heads, "hidden_act": "silu", "rms_norm_eps": 1e-6,
+              "max_position_embeddings": 1024, "rope_theta": 10000.0, "tie_word_embeddings": True, "bos_token_id": None, "eos_token_id": 3, "pad_token_id": 0, "dtype": "float32"}
+    generator = torch.Generator().manual_seed(seed)
+    weights = {name: torch.ones(shape) if len(shape) == 1 else torch.randn(shape, generator=generator) * 0.05 for name, shape in Config.from_dict(config).shapes().items()}
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomically(out / "tokenizer.json", lambda path: tokenizer.save(str(path)))
+    files = {"config.json": config, "generation_config.json": {"eos_token_id": 3, "pad_token_id": 0, "do_sample": False},
+             "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": SPECIALS[0], "eos_token": SPECIALS[3], "clean_up_tokenization_spaces": False}}
+    for name, content in files.items():
+        write_atomically(out / name, lambda path: path.write_text(json.dumps(content, indent=1) + "\n", "utf-8"))
+    write_atomically(out / "chat_template.jinja", lambda path: path.write_text(SMALL_TEMPLATE, "utf-8"))
+    write_atomically(out / "model.safetensors", lambda path: save_file(weights, path, {"format": "pt"}))
+
+
+def save(llm, out, dtype):
+    """Write a trainable LLM as a Hugging Face checkpoint into directory `out`, with the tokenizer and template of the one that it came from."""
+    out.mkdir(parents=True, exist_ok=True)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+        if llm.directory != out and (llm.directory / name).exists():
+            write_atomically(out / name, lambda path: path.write_bytes((llm.directory / name).read_bytes()))
+    state = {name: tensor.detach().to("cpu", dtype).contiguous().clone() for name, tensor in llm.state_dict().items()}
+    write_atomically(out / "model.safetensors", lambda path: save_file(state, path, {"format": "pt"}))
+    config = {key: value for key, value in llm.raw.items() if key != "torch_dtype"} | {"dtype": str(dtype).split(".")[1]}
+    write_atomically(out / "config.json", lambda path: path.write_text(json.dumps(config, indent=1) + "\n", "utf-8"))
+
+
+def batches(pairs, llm, batch_size, synthetic, rng):
+    """Endless batches: ids (B, T) padded on the right, and the answer's mask over ids[:, 1:]; pools are sorted by length, so that little is padding."""
+    end, tokenizer = sorted(llm.stops)[:1], llm.chat.tokenizer
+    while True:
+        pool = [rng.choice(pairs) for _ in range(16 * batch_size)]
+        pool = [augment(*pair, rng) for pair in pool] if synthetic else pool
+        answers = tokenizer.encode_batch([answer_text(names) for _, names in pool], add_special_tokens=False)
+        items = []
+        for (prompt, _), answer in zip(llm.chat.prompts([report for report, _ in pool], llm.config.context - 256), answers):
+            items.append((prompt + (answer.ids + end)[:256], len(prompt)))
+        items.sort(key=lambda item: len(item[0]))
+        for at in rng.sample(range(16), 16):
+            rows = items[at * batch_size:(at + 1) * batch_size]
+            width = max(len(ids) for ids, _ in rows)
+            ids = torch.tensor([ids + [0] * (width - len(ids)) for ids, _ in rows])
+            yield ids, torch.tensor([[start <= i < len(ids) for i in range(1, width)] for ids, start in rows])
+
+
+def fit(pairs_path, out, checkpoint=None, manifest=None, vocab=2000, width=128, layers=4, heads=4, steps=3000, batch_size=32, lr=2e-3, synthetic=True,
+        dtype=torch.bfloat16, device=None, seed=0, on_step=None):
+    """Train a summarizer on (report, names) pairs and save it as a Hugging Face checkpoint: from `checkpoint`, or a new small Llama.
+
+    Cross-entropy of the answer's tokens alone, AdamW, a cosine of the learning rate. Pairs held out (2 %, at most 500) are scored at the end: returns
+    micro F1 on them. synthetic: mix in sentences of our own (see augment). on_step(step, loss) is called after each step.
+    """
+    rng, out, pairs = random.Random(seed), Path(out), read_pairs(pairs_path, manifest)
+    rng.shuffle(pairs)
+    held, pairs = pairs[:min(len(pairs) // 50 + 1, 500)], pairs[min(len(pairs) // 50 + 1, 500):]
+    if checkpoint is None:
+        texts = [text for pair in pairs[:20000] for report, names in [augment(*pair, rng) if synthetic else pair] for text in (report, answer_text(names))]
+        new_checkpoint(out, texts + [answer_text(BENCHMARK_NAMES)] * 50, vocab, width, layers, heads, seed)
+    llm = LLM.from_pretrained(checkpoint or out, device, torch.float32, trainable=True)
+    parameters = [llm.embedding, llm.norm, *([] if llm.config.tied else [llm.head]), *(weight for layer in llm.layers for weight in layer.values())]
+    parameters = [weight.requires_grad_() for weight in parameters]
+    groups = [{"params": [weight for weight in parameters if weight.ndim == n], "weight_decay": decay} for n, decay in ((2, 0.05), (1, 0.0))]
+    optimizer = torch.optim.AdamW(groups, lr, betas=(0.9, 0.98))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / (0.05 * steps), 0.5 + 0.5 * math.cos(math.pi * min(step / steps, 1))))
+    fast = llm.device.type == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    bar = tqdm(zip(range(steps), batches(pairs, llm, batch_size, synthetic, rng)), total=steps, unit=" steps", desc="fit")
+    for step, (ids, answer) in bar:
+        ids, answer = ids.to(llm.device), answer.to(llm.device)
+        with torch.autocast(llm.device.type, torch.bfloat16, enabled=fast):
+            loss = F.cross_entropy(F.linear(llm.hidden(ids)[:, :-1][answer], llm.head).float(), ids[:, 1:][answer])
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        bar.set_postfix_str(f"loss {loss.item():.4f}", refresh=False)
+        if on_step:
+            on_step(step, loss.item())
+    save(llm, out, dtype)
+    rows = [{"report": report, **{f"label:{name}": float(name in names) for name in BENCHMARK_NAMES}} for report, names in held]
+    summaries = {sha256(held[i][0]): {"abnormalities": found} for i, found, _, _ in answers(LLM.from_pretrained(out, device), [report for report, _ in held])}
+    return score(rows, summaries)["micro"]["f1"]
+
+
+# ------------------------------------------------------------------------------------------------ command line
+def main():
+    default = Path(__file__).parent / "checkpoints/summarizer"
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    if sys.argv[1:2] == ["fit"]:
+        parser.add_argument("command", choices=["fit"])
+        parser.add_argument("--pairs", required=True, help='lines {"report", "abnormalities"}; or a summaries.jsonl, with --manifest for its reports')
+        parser.add_argument("--out", required=True)
+        parser.add_argument("--manifest")
+        parser.add_argument("--checkpoint", help="fine-tune this one; left out: a new small Llama of the following sizes")
+        for name, value in (("vocab", 2000), ("width", 128), ("layers", 4), ("heads", 4), ("steps", 3000), ("batch", 32), ("seed", 0)):
+            parser.add_argument(f"--{name}", type=int, default=value)
+        parser.add_argument("--lr", type=float, default=2e-3)
+        parser.add_argument("--no-synthetic", action="store_true", help="train on the pairs as they are, without sentences of our own mixed in")
+        parser.add_argument("--device")
+    else:
+        parser.add_argument("--checkpoint", default=default, help="a Hugging Face checkpoint directory (default: the small one for the phantom's reports)")
+        parser.add_argument("--manifest", required=True)
+        parser.add_argument("--out", default="summaries.jsonl")
+        parser.add_argument("--dry-run", type=int, metavar="N", help="print N prompts and answers, and write nothing")
+        parser.add_argument("--batch", type=int)
+        parser.add_argument("--max-new-tokens", type=int, default=192)
+        parser.add_argument("--device")
+    a = parser.parse_args()
+    try:
+        if sys.argv[1:2] == ["fit"]:
+            f1 = fit(a.pairs, a.out, a.checkpoint, a.manifest, a.vocab, a.width, a.layers, a.heads, a.steps, a.batch, a.lr, not a.no_synthetic, device=a.device, seed=a.seed)
+            print(f"{a.out}: saved; micro F1 on pairs held out: {f1:.3f}")
+        elif a.dry_run:
+            llm = LLM.from_pretrained(a.checkpoint, a.device)
+            reports = list(dict.fromkeys(row["report"] for row in read_manifest(a.manifest) if (row["report"] or "").strip()))[:a.dry_run]
+            for i, found, answer, cut in answers(llm, reports, a.batch, a.max_new_tokens):
+                print(llm.chat.text.replace(llm.chat.PLACE, reports[i]) + f"\n---- answer{' (report cut)' if cut else ''}\n{answer}\n---- read as\n{found}\n")
+        else:
+            result = run(a.checkpoint, a.manifest, a.out, a.batch, a.device, a.max_new_tokens)
+            if int(os.environ.get("RANK", 0)) == 0:
+                print(f"{a.out}: {result['reports']} reports, {result['failed']} failed, {result['cut']} cut at a sentence to fit the context; {result['empty']} volumes have none; "
+                      f"{result['seconds']:.1f} s" + (f"\n{format_score(result['score'])}" if result["score"] else ""))
+    except (ValueError, OSError) as error:
+        print(f"summarize.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
