@@ -99,7 +99,7 @@ LESIONS = {  # rng -> list of lesions (dicts); sizes in mm
     "Pulmonary fibrotic sequela": lambda r: _lobes(r, r.choice((1, 2, 2)), UPPER + LOWER, (30, 60)),
     "Pleural effusion": lambda r: _sides(r, .5, (14, 60)),
     "Mosaic attenuation pattern": lambda r: [{"side": s} for s in ("right", "left")],
-    "Peribronchial thickening": lambda r: [{"side": s, "size": r.uniform(4, 7)} for s in ("right", "left")],
+    "Peribronchial thickening": lambda r: [{"side": s, "size": r.uniform(3.2, 5.8)} for s in ("right", "left")],
     "Consolidation": lambda r: _lobes(r, r.choice((1, 1, 2)), LOBES, (38, 80)),
     "Bronchiectasis": lambda r: _lobes(r, r.choice((1, 2, 2)), LOBES[1:], (6, 11)),
     "Interlobular septal thickening": lambda r: [{"side": s} for s in ("right", "left")],
@@ -107,7 +107,7 @@ LESIONS = {  # rng -> list of lesions (dicts); sizes in mm
     "Pneumothorax": lambda r: _sides(r, .05, (14, 45)),
     "Empyema": lambda r: _sides(r, .0, (32, 60)),
     "Tuberculosis": lambda r: _lobes(r, r.choice((1, 2)), UPPER, (24, 45)),
-    "Pulmonary fibrosis": lambda r: [{"side": s, "size": round(r.uniform(18, 40))} for s in ("right", "left")],
+    "Pulmonary fibrosis": lambda r: [{"side": s, "size": round(r.uniform(14, 30))} for s in ("right", "left")],
     "Lung cyst": lambda r: _lobes(r, r.randint(2, 5), LOBES, (14, 42)),
     "Bronchial thickening": lambda r: [{"side": s, "size": r.uniform(1.8, 3)} for s in ("right", "left")],
     "Lung mass": lambda r: _lobes(r, 1, LOBES, (36, 75)),
@@ -255,7 +255,7 @@ GRAMMAR = {
         "consolidation|consolidated area", "consolidated parenchyma"),
     "Bronchiectasis": ("airways",
         "bronchiectasis {at}|+bronchiectatic changes {at}|+cylindrical bronchiectasis areas {at}|+dilated bronchi consistent with bronchiectasis {at}|+tubular and cystic bronchiectasis {at}",
-        "bronchial dilatation {at}|The bronchi {at} are dilated and do not taper.", "bronchiectasis {at}|+bronchiectatic changes", "bronchial dilatation {at}",
+        "bronchial dilatation {at}|The bronchi {at} are dilated and fail to taper.", "bronchiectasis {at}|+bronchiectatic changes", "bronchial dilatation {at}",
         "bronchiectasis|bronchiectatic change", "bronchial dilatation"),
     "Interlobular septal thickening": ("lungs",
         "interlobular septal thickening|+interlobular septal thickenings, prominent in the bases|smooth thickening of the interlobular septa|+thickened interlobular septa in both lungs"
@@ -421,7 +421,7 @@ def report(found, rng, wordings="usual"):
         rng.shuffle(sentences)
         if organ != "devices" or rng.random() < .5:
             true = [text for text, unless in NORMAL[organ] if not any(name in found for name in unless)]
-            sentences[:0] = rng.sample(true, min(len(true), rng.choice((0, 1, 2) if organ in ("abdomen", "bones", "lungs") else (0, 0, 1))))
+            sentences[:0] = rng.sample(true, min(len(true), rng.choice(((0, 0, 1), (0, 1, 2), (0, 1, 1), (1, 2, 2))[(organ in ("abdomen", "bones", "lungs")) + 2 * (len(found) < 4)])))
     text = " ".join(sentence for sentences in organs.values() for sentence in sentences)
     summary = [_say(rng, GRAMMAR[name][3 + held], IMPRESSION_FRAMES[wordings], _slots(found[name])) for name in found if rng.random() < .85]
     rng.shuffle(summary)
@@ -590,7 +590,7 @@ class Anatomy:
                 end = math.radians((26 if number < 8 else 26 + 18 * (number - 7)))
                 angle = math.radians(164) + t * (end - math.radians(164))
                 x, y = sign * np.sin(angle), -np.cos(angle)
-                z = start - (22 if number < 3 else 46 + 2.5 * number) * self.scale[2] * t**1.2
+                z = start - (min(24 + 14 * number, 64 + 3 * number) * np.minimum(t / .8, 1)**1.15 - 55 * np.clip(t - .82, 0, 1)) * self.scale[2]
                 r = np.maximum(self.radius(x, y, z), .3 * self.a) + 4.5
                 out[side, number] = np.stack((x * r, y * r, z), 1), .97 if number > 7 else .8
         return out
@@ -683,7 +683,7 @@ class Canvas:
         self.hu[where] += cover * (hu - self.hu[where])
         self.note(name, where, cover)
 
-    def note(self, name, where, cover, level=.4):
+    def note(self, name, where, cover, level=.5):
         if name and self.masks is not None:
             self.masks.setdefault(name, np.zeros(self.shape, bool))[where] |= cover > level
 
@@ -728,7 +728,7 @@ class Canvas:
         before = flat[index]
         flat[index] = before + cover * ((hu(distance) if callable(hu) else hu) - before)
         if name and self.masks is not None:
-            self.masks.setdefault(name, np.zeros(self.shape, bool)).reshape(-1)[index[cover > .3]] = True
+            self.masks.setdefault(name, np.zeros(self.shape, bool)).reshape(-1)[index[cover > .4]] = True
 
     def half(self, side):
         """The box of one side of the chest."""
@@ -755,10 +755,10 @@ class Canvas:
         for sign in (-1, 1):  # axillary fat, breasts
             self.paint(*self._covered((sign * .98 * body.a, 0, .84 * body.top), (22, 30, 34), 4), fat + 8)
             if body.breast:
-                front = np.array((sign * 70 * body.scale[0], -body.b - body.wall - .5 * body.fat, .42 * body.top))
-                where, cover = self._covered(front, np.array((54, 34, 46)) * body.breast, 2)
+                front = np.array((sign * 68 * body.scale[0], .04 * body.b - body.b - body.wall - .4 * body.fat, .42 * body.top))
+                where, cover = self._covered(front, np.array((66, 27, 58)) * body.breast, 2)
                 self.paint(where, cover * (self.skin[where] > -6), fat)
-                where, cover = self._covered(front - (0, 8, 0), np.array((30, 18, 26)) * body.breast, 8)
+                where, cover = self._covered(front - (0, 8, 0), np.array((34, 15, 30)) * body.breast, 8)
                 self.paint(where, cover * .8 * (self.skin[where] > -6) * (self.texture(where, "fine", 3) > -.2), 20)
 
     def _slab(self, k):
@@ -829,7 +829,7 @@ class Canvas:
             cartilage.append(line[n:])
         bony, cartilage = np.concatenate(bony), np.concatenate(cartilage)
         self.stroke(cartilage, 4.4, 95, tall=1.4)
-        self.stroke(bony, 4.3, self.bone, tall=1.5)
+        self.stroke(bony, 4.2, self.bone, tall=1.35)
         z = np.arange(.36, .9, .012) * body.top
         front = -body.radius(np.float32(0), np.float32(-1), z.astype(np.float32)) - 7
         self.stroke(np.concatenate([np.stack((0 * z + dx, front, z), 1) for dx in (-10, -4, 4, 10)]), 4.6, self.bone)
@@ -1005,12 +1005,16 @@ def tuberculosis(c, rng, lesion, name):
 
 
 def atelectasis(c, rng, lesion, name):
-    size, sign = lesion["size"], -1 if lesion["side"] == "right" else 1
-    if lesion["what"] == "lobar":  # an airless wedge against spine and diaphragm, or against the heart's border
-        low = lesion["lobe"] in LOWER
-        centre = c.body.at((sign * (44 if low else 58), 48 if low else -42, 62 if low else 78))[0] + rng.uniform(-6, 6, 3)
-        where, distance = _rough(c, centre, (.42 * size + 6, .5 * size, .62 * size), rng, .1)
-        c.paint(where, c.cover(distance, 1), rng.uniform(30, 55), name, lung=True)
+    size = lesion["size"]
+    if lesion["what"] == "lobar":  # an airless wedge between spine and diaphragm, or on the heart's border
+        where, (k, n, m) = c.half(lesion["side"]), c.body.scale
+        x, y, z = np.abs(c.x[where[1:]]), c.y[where[1:]], c.z
+        if lesion["lobe"] in LOWER:
+            wedge = (.6 * (x - 30 * k) - .6 * (y - 48 * n))[None] + .55 * (z - 52 * m) - .35 * size + 8
+        else:
+            wedge = np.maximum((.6 * (x - 52 * k) + .6 * (y + 34 * n))[None] - .2 * size, np.abs(z - 84 * m) - .35 * size)
+        wedge = wedge + 5 * c.texture(where, "fine", 2.5, rng.integers(64))
+        c.paint(where, c.cover(wedge, 1), rng.uniform(30, 55), name, lung=True)
         return
     for _ in range(rng.integers(1, 4)):  # plates, mostly level
         point = c.body.spots(rng, 1, 8, lesion["lobe"])[0]
@@ -1063,10 +1067,10 @@ def mosaic(c, rng, lesion, name):
 def septal(c, rng, lesion, name):
     """Thickened walls of the secondary lobules, below the pleura and at the bases."""
     where = c.half(lesion["side"])
-    weight = np.clip(1.3 - c.depth[where] / 38, 0, 1) * np.clip(1.35 - c.z / c.body.top, 0, 1) * c.lung[where]
+    weight = np.clip(1.25 - c.depth[where] / 26, .1, 1) * np.clip(1.4 - 1.1 * c.z / c.body.top, .2, 1) * c.lung[where]
     walls = c.texture(where, "cells", 2.6, 9) * weight
-    c.hu[where] += np.minimum(walls * 520 + weight * 35, np.maximum(20 - c.hu[where], 0))
-    c.note(name, where, walls)
+    c.hu[where] += np.minimum(walls * 460 + weight * 30, np.maximum(20 - c.hu[where], 0))
+    c.note(name, where, walls, .35)
 
 
 def fibrosis(c, rng, lesion, name):
@@ -1204,7 +1208,7 @@ def pericardial_calcification(c, rng, lesion, name):
         point = rng.standard_normal(3) * (1, 1, 1) + (0, 0, -.5)
         spread = point / np.linalg.norm(point) + rng.standard_normal((110, 3)) * .26
         points = _on_heart(c, spread / np.linalg.norm(spread, axis=1, keepdims=True), 1.07)
-        c.stroke(points, lesion["size"] * rng.uniform(.4, .7, 110), rng.uniform(500, 900), name)
+        c.stroke(points, lesion["size"] * rng.uniform(.3, .55, 110), rng.uniform(500, 900), name)
 
 
 def coronary(c, rng, lesion, name):
@@ -1251,13 +1255,13 @@ def atherosclerosis(c, rng, lesion, name):
 def pneumomediastinum(c, rng, lesion, name):
     """Streaks of air along trachea, great vessels and heart, outside the lungs."""
     guides = [(c.trachea, 11), (c.esophagus, 9), (c.svc, 10), (c.aorta[:len(c.aorta) // 2], 17)]
-    for _ in range(16):
+    for _ in range(26):
         guide, off = guides[rng.integers(len(guides))]
         start = rng.integers(0, max(1, len(guide) - 12))
         part, angle = guide[start:start + rng.integers(10, 26)], rng.uniform(0, 6.3) + np.arange(26) * .06
         ring = np.stack((np.cos(angle), np.sin(angle), 0 * angle), 1)[:len(part)] * (off + rng.uniform(0, 4))
         outside = part + ring
-        c.stroke(outside[c.body.depth(outside) < 1], lesion["size"] * rng.uniform(.28, .5), -920, name)
+        c.stroke(outside[c.body.depth(outside) < 1], lesion["size"] * rng.uniform(.3, .55), -940, name)
     front = _on_heart(c, (lambda p: p / np.linalg.norm(p, axis=1, keepdims=True))(rng.standard_normal((60, 3)) * .4 + (0, -1, .6)), 1.06)
     c.stroke(front[c.body.depth(front) < 3], lesion["size"] * .45, -920, name)
 
@@ -1295,7 +1299,7 @@ def rib_fracture(c, rng, lesion, name):
     c.stroke(part, 7.5, c.body.hu["muscle"], None)
     c.stroke(line[i - 1:i + 3] - out * 5, 7.5, 60, name, lung=False)
     shifted = part[1:] + step * np.linspace(1, 0, len(part) - 1)[:, None] * 1.1
-    c.stroke(shifted, 4.3, c.bone, name, lung=False, tall=1.5)
+    c.stroke(shifted, 4.3, c.bone, name, lung=False, tall=1.35)
     c.stroke(line[i - 2:i] + step * .3, 5.5, 350, name)
 
 
