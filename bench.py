@@ -59,24 +59,24 @@ directory, ours, new, prompts = sys.argv[1], sys.argv[2] == "ours", int(sys.argv
 if ours:
     import summarize
     llm = summarize.LLM.from_pretrained(directory, "cpu")
-    def generate(n, share):
+    def generate(prompts, n, share):
         llm.shared = (), None
         return [row for _, row in sorted(llm.generate_ids(prompts, n, share_prefix=share))]
 else:
     import transformers
     model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)
-    def generate(n, share):
+    def generate(prompts, n, share):
         ids = torch.tensor(prompts)
         return model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=n, do_sample=False)[:, ids.shape[1]:].tolist()
 def seconds(n, share):
     start = time.perf_counter()
-    rows = generate(n, share)
+    rows = generate(prompts, n, share)
     assert all(len(row) == n for row in rows)
     return time.perf_counter() - start
-generate(2, True)
+generate(prompts[:2], 2, True)
 times = {}
 for share in (True, False) if ours else (False,):
-    first, whole = min(seconds(1, share) for _ in range(2)), min(seconds(new, share) for _ in range(2))
+    first, whole = seconds(1, share), min(seconds(new, share) for _ in range(2))
     times["shared head" if share else "no shared head"] = {"prefill": first, "whole": whole}
 peak = [int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")][0]
 print(json.dumps({"times": times, "peak MiB": peak / 1024}))

@@ -220,7 +220,7 @@ def fitted(tmp_path_factory):
         pairs.append((" ".join([f"Scan {i}.", *(words[name] for name in names), "Nothing more is said."]), names))
     lines = [json.dumps({"report": report, "abnormalities": names}) + "\n" for report, names in pairs]
     (directory / "pairs.jsonl").write_text("".join(lines))
-    f1 = summarize.fit(directory / "pairs.jsonl", directory / "model", vocab=400, width=32, layers=2, heads=2, steps=120, batch_size=16, lr=1e-2, synthetic=False,
+    f1 = summarize.fit(directory / "pairs.jsonl", directory / "model", vocab=400, width=32, layers=2, heads=2, steps=200, tokens=600, lr=1e-2, synthetic=False,
                        dtype=torch.float32, device="cpu")
     return directory, pairs, f1
 
@@ -247,7 +247,7 @@ def test_fit_goes_on_from_a_checkpoint_with_summaries_and_their_manifest(fitted,
     manifest(tmp_path / "m.csv", [report for report, _ in pairs[:40]])
     lines = [json.dumps({"report_sha256": summarize.sha256(report), "abnormalities": names}) + "\n" for report, names in pairs[:40]]
     (tmp_path / "s.jsonl").write_text("".join(lines) + json.dumps({"report_sha256": "failed", "abnormalities": None}) + "\n")
-    status, output, _ = command("fit", "--pairs", tmp_path / "s.jsonl", "--manifest", tmp_path / "m.csv", "--checkpoint", directory / "model", "--out", tmp_path / "out", "--steps", 2, "--batch", 2)
+    status, output, _ = command("fit", "--pairs", tmp_path / "s.jsonl", "--manifest", tmp_path / "m.csv", "--checkpoint", directory / "model", "--out", tmp_path / "out", "--steps", 2, "--tokens", 200)
     assert status == 0 and "micro F1" in output
     assert {file.name for file in (tmp_path / "out").iterdir()} == {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"}
 
