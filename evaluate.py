@@ -137,7 +137,7 @@ def delong(scores_a, scores_b, labels, groups=None):
     """DeLong's test that two models have the same AUROC on the same cases: scores (N,), labels (N,) -> two-sided p; (N, C) -> (C,).
 
     With groups (N,), the patients, the variance is that of Obuchowski's extension to clustered data (Biometrics 53, 1997).
-    NaN where a class lacks a positive or a negative; 1 where the two AUROCs are equal.
+    NaN where a class lacks a positive or a negative, or there is but one patient; 1 where the two AUROCs are equal.
     """
     scores_a, scores_b, labels = (np.asarray(x, np.float64) for x in (scores_a, scores_b, labels))
     if labels.ndim == 2:
@@ -155,7 +155,9 @@ def delong(scores_a, scores_b, labels, groups=None):
         influence = np.zeros(len(labels))
         influence[positive], influence[negative] = (of_positives - difference) / m, (of_negatives - difference) / n
         patients, index = np.unique(np.asarray(groups)[positive | negative], return_inverse=True)
-        variance = (np.bincount(index, influence[positive | negative]) ** 2).sum() * len(patients) / max(len(patients) - 1, 1)
+        if len(patients) == 1:
+            return np.nan
+        variance = (np.bincount(index, influence[positive | negative]) ** 2).sum() * len(patients) / (len(patients) - 1)
     if abs(difference) < 1e-12:
         return 1.0
     return math.erfc(abs(difference) / math.sqrt(2 * variance)) if variance > 0 else 0.0
@@ -367,16 +369,15 @@ def bridge(model, x):
     return torch.cat([model.bridge(part.to(model.bank.weight.device)).float().cpu() for part in x.split(4096)])
 
 
-def cached_embeddings(run, model, rows, cache):
-    """embed_volumes, each volume once: kept in the run's embeddings.safetensors, which belongs to these very weights."""
-    path, weights = Path(run) / "embeddings.safetensors", sha256_of(Path(run) / "model.safetensors")
+def cached_embeddings(path, weights, model, rows, cache):
+    """embed_volumes, each volume once: kept in path, a .safetensors that belongs to the model with these weights (their SHA-256)."""
     keys = [f"{cache.path(row).resolve()} {cache.path(row).stat().st_mtime_ns}" for row in rows]
     known = {}
     try:
         with safe_open(path, "pt") as file:
             if file.metadata()["model"] == weights:
                 known = dict(zip(json.loads(file.metadata()["keys"]), file.get_tensor("v")))
-    except (FileNotFoundError, SafetensorError, KeyError):
+    except (FileNotFoundError, SafetensorError, KeyError, TypeError):
         pass                                                                                  # absent or of another version: made anew
     todo = [(key, row) for key, row in zip(keys, rows) if key not in known]
     for start in range(0, len(todo), 256):                                                    # saved now and then: a killed run resumes
@@ -412,8 +413,9 @@ def make_prompts(classes, given=None, negative=False):
         try:
             named = json.loads(text) if given[0].endswith(".json") else dict.fromkeys(filter(None, map(str.strip, text.splitlines())))
             named = {name: _prompt(name, asked) for name, asked in named.items()}
-        except (json.JSONDecodeError, AttributeError, TypeError) as error:
-            raise ValueError(f"{given[0]}: can't be read as prompts ({error}); {{\"Lung nodule\": [\"There is a lung nodule\", ...]}} is the form") from None
+        except (ValueError, AttributeError, TypeError) as error:
+            form = '{"Lung nodule": ["There is a lung nodule", ...]}'
+            raise ValueError(f"{given[0]}: can't be read as prompts ({error}); the form is {form}") from None
     elif given:
         named = {name: _prompt(name, None) for name in given}
     prompts = {name: named.get(name) or _prompt(name, None) for name in (classes or named)}
@@ -434,8 +436,8 @@ def _prompt(name, asked):
         asked = {"positive": ["There is arterial wall calcification", "There is coronary artery wall calcification"], "combine": "max"}
     prompt = {"positive": [f"There is {name}"], "negative": [], "combine": "mean"} | (asked or {})
     texts = prompt["positive"] + prompt["negative"]
-    if set(prompt) != {"positive", "negative", "combine"} or not prompt["positive"] or not all(isinstance(text, str) and clean(text) for text in texts):
-        raise TypeError(f"'{name}' asks {asked!r}")
+    if set(prompt) != {"positive", "negative", "combine"} or not prompt["positive"] or not all(map(clean, texts)):
+        raise ValueError(f"'{name}' asks {asked or 'nothing'}")
     return prompt
 
 
@@ -492,9 +494,10 @@ def join(scores, rows, classes=None, where="the scores"):
     Classes are those of the rows' labels (or the ones given) that are scored. Raises ValueError with the first ten names without a partner.
     """
     names = [row.name for row in rows]
-    for lacking, what in ((sorted(set(names) - set(scores)), f"not in {where}"), (sorted(set(scores) - set(names)), f"in {where} but not in the manifest")):
-        if lacking:
-            raise ValueError(f"{len(lacking)} volumes are {what}: {', '.join(lacking[:10])}{', ...' if len(lacking) > 10 else ''}")
+    without_score, without_row = set(names) - set(scores), set(scores) - set(names)
+    if without_score or without_row:
+        lacking, what = (sorted(without_score), f"not in {where}") if without_score else (sorted(without_row), f"in {where} but not in the manifest")
+        raise ValueError(f"{len(lacking)} volumes are {what}: {', '.join(lacking[:10])}{', ...' if len(lacking) > 10 else ''}")
     scored = next(iter(scores.values()))
     classes = [name for name in (classes or dict.fromkeys(name for row in rows for name in row.labels)) if name in scored]
     labels = np.array([[row.labels.get(name, np.nan) for name in classes] for row in rows], np.float64).reshape(len(rows), -1)
@@ -536,7 +539,9 @@ def summarise(scores, labels, classes, patients, threshold="split-half", n=1000,
         if columns:
             out["macro"][name] = {"classes": len(columns), "of": len(set(members) & set(classes)), **describe(
                 {key: _nanmean(point[key][columns]).item() for key in METRICS}, {key: _nanmean(samples[key][:, columns]) for key in METRICS})}
-    out["top_k"] = {f"{kind}@{k}": value for k in (1, 3, 5, 10) if k <= len(classes) for kind, value in zip(("recall", "precision"), top_k(scores, labels, k))}
+    out["top_k"] = {}
+    for k in (k for k in (1, 3, 5, 10) if k <= len(classes)):
+        out["top_k"][f"recall@{k}"], out["top_k"][f"precision@{k}"] = top_k(scores, labels, k)
     return out
 
 
@@ -547,16 +552,14 @@ def _nanmean(values):
 
 def table(result, level="volume"):
     """The terminal's table of one level of an evaluation."""
-    columns = ("auroc", "auprc", "f1", "accuracy", "precision", "recall", "specificity")
-    width = max(map(len, [*result[level]["classes"], "macro CT-RATE-LT (15 of 15)"]))
-    lines = [f"{'per ' + level:{width}}  positive  AUROC  95 % interval   " + "  ".join(f"{key.replace('specificity', 'specif.'):>9}" for key in columns[1:])]
-
-    def line(name, count, values):
-        numbers = "  ".join(f"{_percent(values[key]):>9}" for key in columns[1:])
-        return f"{name:{width}}  {count:>8}  {_percent(values['auroc']):>5}  {' to '.join(f'{_percent(end):>5}' for end in values['auroc_95']):15} {numbers}"
-
-    lines += [line(name, values["positives"], values) for name, values in result[level]["classes"].items()]
-    lines += [line(f"macro {name} ({values['classes']} of {values['of']})", "", values) for name, values in result[level]["macro"].items()]
+    keys = ("auprc", "f1", "accuracy", "precision", "recall", "specificity")
+    named = [(name, values["positives"], values) for name, values in result[level]["classes"].items()]
+    named += [(f"macro {name} ({values['classes']} of {values['of']})", "", values) for name, values in result[level]["macro"].items()]
+    width = max(len(name) for name, _, _ in named)
+    lines = [f"{'per ' + level:{width}}  positive  AUROC  95 % interval " + "".join(f"{key:>13}" for key in keys)]
+    for name, count, values in named:
+        ends = " to ".join(f"{_percent(end):>5}" for end in values["auroc_95"])
+        lines.append(f"{name:{width}}  {count:>8}  {_percent(values['auroc']):>5}  {ends:14} " + "".join(f"{_percent(values[key]):>13}" for key in keys))
     return "\n".join(lines)
 
 
@@ -584,9 +587,10 @@ def heatmap(model, hu, texts, method=None, pairs=PAIRS[:2]):
     score's positive gradient, rolled out over the layers (Chefer et al. 2021). "gradcam" (CNN; the default there): Selvaraju et al. 2017.
     """
     vit = model.config.vision == "vit"
-    method = method or ("rollout" if vit else "gradcam")
-    if method not in ("similarity", "rollout" if vit else "gradcam"):
-        raise ValueError(f"no '{method}' map for the vision encoder '{model.config.vision}'; similarity or {'rollout' if vit else 'gradcam'} can be had")
+    own = "rollout" if vit else "gradcam"
+    method = method or own
+    if method not in ("similarity", own):
+        raise ValueError(f"no '{method}' map for the vision encoder '{model.config.vision}'; similarity or {own} can be had")
     volumes = torch.as_tensor(np.array(hu))[None, None].to(model.bank.weight.device)
     with torch.no_grad():
         t = F.normalize(model.encode_text(texts), dim=-1).mean(0, keepdim=True)
@@ -698,7 +702,8 @@ tr.macro{font-weight:600;background:#f4f6f9} .big{display:flex;flex-wrap:wrap;ga
 .bar b.probe{background:var(--orange)} .grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(8.5rem,1fr));gap:.8rem}
 .pair{display:grid;grid-template-columns:repeat(auto-fit,minmax(17rem,1fr));gap:1rem} figure{margin:0;font-size:.8rem;break-inside:avoid}
 svg,img{width:100%;height:auto;display:block} code{font-size:.78rem;overflow-wrap:anywhere} dt{font-weight:600} dd{margin:0 0 .3rem}
-@media print{body{max-width:none;padding:0;font-size:11px}h2{break-after:avoid}tr{break-inside:avoid}*{print-color-adjust:exact;-webkit-print-color-adjust:exact}}
+@media print{body{max-width:none;padding:0;font-size:11px}h2{break-after:avoid}tr{break-inside:avoid}
+*{print-color-adjust:exact;-webkit-print-color-adjust:exact}}
 """
 
 
@@ -748,7 +753,8 @@ def roc_svg(scores, labels):
     x, y = np.r_[0, (last + 1 - found) / (labels == 0).sum()], np.r_[0, found / labels.sum()]
     keep = np.unique(np.r_[np.arange(0, len(x), max(1, len(x) // 100)), len(x) - 1])
     points = " ".join(f"{100 * x[i]:.1f},{100 - 100 * y[i]:.1f}" for i in keep)
-    return ('<svg viewBox="-2 -2 104 104"><rect width="100" height="100" fill="#f8f9fb" stroke="#dde2e8"/><path d="M0 100L100 0" stroke="#c5ccd5" stroke-dasharray="2"/>'
+    return ('<svg viewBox="-2 -2 104 104"><rect width="100" height="100" fill="#f8f9fb" stroke="#dde2e8"/>'
+            '<path d="M0 100L100 0" stroke="#c5ccd5" stroke-dasharray="2"/>'
             f'<polyline points="{points}" fill="none" stroke="#2563b0" stroke-width="1.8"/></svg>')
 
 
@@ -756,9 +762,10 @@ def gap_svg(images, texts):
     """Scatter picture of two sets of points in the plane: images blue, texts orange."""
     both = np.array(images + texts)
     low, size = both.min(0), max(np.ptp(both, axis=0).max(), 1e-9)
-    dots = "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="1.1" fill="{colour}" fill-opacity=".55"/>' for points, colour in ((images, "#2563b0"), (texts, "#c8641b"))
-                   for x, y in (np.array(points) - low) * (150 / size))
-    return f'<svg viewBox="-4 -4 158 {8 + 150 * np.ptp(both, axis=0)[1] / size:.0f}"><rect x="-4" y="-4" width="158" height="158" fill="#f8f9fb"/>{dots}</svg>'
+    dots = [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="1.1" fill="{colour}" fill-opacity=".55"/>'
+            for points, colour in ((images, "#2563b0"), (texts, "#c8641b")) for x, y in (np.array(points) - low) * (150 / size)]
+    height = 8 + 150 * np.ptp(both, axis=0)[1] / size
+    return f'<svg viewBox="-4 -4 158 {height:.0f}"><rect x="-4" y="-4" width="158" height="158" fill="#f8f9fb"/>{"".join(dots)}</svg>'
 
 
 def most_wrong(scores, labels, classes, rows, n=3):
@@ -795,13 +802,15 @@ def report_page(result, scores, labels, classes, rows, study=None):
         parts += [*_headline(result), "<h2>Zero-shot diagnosis</h2>", metrics_table(result), *_explain(result), "<h2>ROC curves</h2><div class=grid>"]
         for c, (name, values) in enumerate(result["volume"]["classes"].items()):
             if not math.isnan(values["auroc"]):
-                parts.append(f"<figure>{roc_svg(scores[:, c], labels[:, c])}<figcaption>{escape(name)} <b>{_percent(values['auroc'])}</b></figcaption></figure>")
+                caption = f"<figcaption>{escape(name)} <b>{_percent(values['auroc'])}</b></figcaption>"
+                parts.append(f"<figure>{roc_svg(scores[:, c], labels[:, c])}{caption}</figure>")
         parts.append("</div>")
-    parts += [*_compare(result), *_retrieval(result), *_gap(result)]
+    parts += [*_compare(result), *_retrieval(result), *_gap(result), *_pointing(result)]
     if study and "volume" in result:
         parts += ["<h2>Most wrong</h2><div class=pair>", *wrong_figures(scores, labels, classes, rows, study), "</div>"]
     about = ("run", "model_sha256", "manifest", "manifest_sha256", "benchmark", "prompts_sha256", "pairs", "threshold")
-    parts += ["<h2>What was evaluated</h2><dl>", *(f"<dt>{key.replace('_', ' ')}</dt><dd><code>{escape(str(result[key]))}</code></dd>" for key in about if result.get(key)), "</dl>"]
+    about = [f"<dt>{key.replace('_', ' ')}</dt><dd><code>{escape(str(result[key]))}</code></dd>" for key in about if result.get(key)]
+    parts += ["<h2>What was evaluated</h2><dl>", *about, "</dl>"]
     return page("BrgSA: zero-shot evaluation", *parts)
 
 
@@ -815,10 +824,11 @@ def _headline(result):
 
 
 def _explain(result):
-    how = {"split-half": "from the other half of the patients", "oracle": "from the very labels that are scored, which flatters"}
-    probe = "orange: a linear classifier trained on the labels of other patients. " if "probe" in result else ""
-    yield (f"<p class=soft>In per cent, per volume. Bars: AUROC with its 95 % interval over 1,000 resamples of patients; {probe}Thresholds "
-           f"{how.get(result['threshold'], 'from ' + escape(result['threshold']))}. A class that lacks positive or negative cases has no AUROC and is left out of the mean.</p>")
+    how = {"split-half": "the other half of the patients", "oracle": "the very labels that are scored, which flatters"}
+    probe = "; orange: a linear classifier trained on the labels of other patients" if "probe" in result else ""
+    yield (f"<p class=soft>In per cent, per volume. Bars: AUROC with its 95 % interval over 1,000 resamples of patients{probe}. "
+           f"Thresholds come from {how.get(result['threshold'], escape(result['threshold']))}. "
+           "A class that lacks positive or negative cases has no AUROC and is left out of the mean.</p>")
     top = result["scan"]["top_k"]
     yield html_table(["of a scan's highest classes", *top], [["per scan", *map(_percent, top.values())]])
 
@@ -828,7 +838,8 @@ def _compare(result):
         other = result["compare"]
         yield (f"<h2>Beside {escape(other['with'])}</h2><p>Macro AUROC difference {100 * other['macro_difference']:+.1f} "
                f"(95 % interval {' to '.join(f'{100 * end:+.1f}' for end in other['macro_difference_95'])}); p: DeLong's test over patients.</p>")
-        yield html_table(["", "this", "other", "p"], [[escape(name), _percent(c["auroc"]), _percent(c["other"]), f"{c['p']:.2g}"] for name, c in other["classes"].items()])
+        lines = [[escape(name), _percent(c["auroc"]), _percent(c["other"]), f"{c['p']:.2g}"] for name, c in other["classes"].items()]
+        yield html_table(["", "this", "other", "p"], lines)
 
 
 def _retrieval(result):
@@ -837,7 +848,8 @@ def _retrieval(result):
         for way, values in result["retrieval"].items():
             cells = [f"{value:g}" if key in ("median_rank", "candidates") else _percent(value) for key, value in values.items()]
             yield html_table(["", *(key.replace("_", " ") for key in values)], [[way.replace("_", " "), *cells]])
-        yield "<p class=soft>Recall in per cent, by the same cosines as the scores. Volume to volume: right is another patient's volume that shares an abnormality.</p>"
+        yield ("<p class=soft>Recall in per cent, by the same cosines as the scores. Volume to volume: right is another patient's volume that "
+               "shares an abnormality.</p>")
 
 
 def _gap(result):
@@ -850,13 +862,21 @@ def _gap(result):
                "Separability: held-out accuracy of telling one from the other, 0.5 = no gap.</p>")
 
 
+def _pointing(result):
+    if result.get("pointing"):
+        lines = [[escape(name), p["volumes"], *(_percent(p[key]) for key in ("hit", "chance", "elsewhere"))] for name, p in result["pointing"].items()]
+        yield "<h2>Do heat maps point?</h2><p>How often, in per cent, a map's maximum lies within one patch of the drawn lesion.</p>"
+        yield html_table(["", "volumes", "this volume's map", "chance", "another volume's map"], lines)
+
+
 def wrong_figures(scores, labels, classes, rows, study):
     """The most wrong scans, each with the heat map of the abnormality that was missed or seen."""
     for i, c, wrong in most_wrong(scores, labels, classes, rows):
         volume = rows[i].read()
         grid = heatmap(study.model, study.cache.read(rows[i]), study.asked[classes[c]]["positive"], pairs=study.pairs)
-        kind = f"missed: scored below {_percent(wrong)} % of the scans without it" if labels[i, c] else f"false alarm: scored above {_percent(wrong)} % of the scans with it"
-        yield heat_figure(planes_png(to_scan(grid, volume, study.model.config), volume), f"<b>{escape(classes[c])}</b>, {kind}<br><code>{escape(rows[i].name)}</code>")
+        kind = "missed: scored below {} % of the scans without it" if labels[i, c] else "false alarm: scored above {} % of the scans with it"
+        caption = f"<b>{escape(classes[c])}</b>, {kind.format(_percent(wrong))}<br><code>{escape(rows[i].name)}</code>"
+        yield heat_figure(planes_png(to_scan(grid, volume, study.model.config), volume), caption)
 
 
 def volume_page(result, figures=()):
@@ -864,10 +884,10 @@ def volume_page(result, figures=()):
     lines = [[escape(finding["abnormality"]), "–" if finding["percentile"] is None else f"{finding['percentile']:.0f}",
               "" if finding["percentile"] is None else _bar(finding["percentile"] / 100, [0, finding["percentile"] / 100]), f"{finding['score']:+.3f}"]
              for finding in result["findings"]]
-    note = f"<p class=note>Note: {result['warning']}.</p>" if "warning" in result else ""
-    return page(f"BrgSA: {Path(result['volume']).name}", note, "<p>Findings ranked by their place among the scores of "
-                f"{result['reference_scans']} training scans. A research tool, not a medical device.</p>",
-                html_table(["", "higher than %", "", "score"], lines), "<h2>Where</h2><div class=pair>" if figures else "", *figures, "</div>" if figures else "",
+    ranked = f"Findings ranked by their place among the scores of {result['reference_scans']} training scans."
+    return page(f"BrgSA: {Path(result['volume']).name}", f"<p class=note>Note: {result['warning']}.</p>" if "warning" in result else "",
+                f"<p>{ranked if result['reference_scans'] else 'No percentile: the run lacks its training scans.'} A research tool, not a medical device.</p>",
+                html_table(["", "higher than %", "", "score"], lines), "<h2>Where</h2><div class=pair>", *figures, "</div>",
                 f"<h2>Model</h2><p><code>{escape(result['model'])}</code></p>")
 
 
@@ -910,6 +930,9 @@ def evaluate(run, manifest, split=None, out=None, benchmark=None, prompts=None, 
         scores = out / "scores.csv"
         write_scores(scores, [row.name for row in rows], list(asked), score(study.model, v, asked, pairs))
         result |= study.describe() | study.texts_and_volumes(rows, v, summaries)
+        masks = Path(manifest).parent / "masks"
+        if study.model.config.trained_on == "phantom" and masks.is_dir():
+            result["pointing"] = study.pointing(rows, masks)
     scored = read_scores(scores)
     s, labels, classes = join(scored, rows, data.BENCHMARKS.get(benchmark), scores)
     result |= {"volumes": len(rows), "scans": len({row.scan for row in rows}), "patients": len({row.patient for row in rows}),
@@ -934,6 +957,7 @@ class Study:
     def __init__(self, run, manifest, cache, device, pairs, asked):
         self.run, self.manifest, self.pairs, self.asked = Path(run), Path(manifest), pairs, asked
         self.model = BrgSA.from_pretrained(run).to(device or default_device())
+        self.weights = sha256_of(self.run / "model.safetensors")
         config = self.model.config
         self.cache = data.Cache(cache or self.manifest.parent / "cache", config.spacing, config.shape, config.hu_range)
 
@@ -942,12 +966,40 @@ class Study:
         rows, skipped = data.prepare(rows, self.cache)
         if not rows:
             raise ValueError(f"{self.manifest}: none of its {len(skipped)} volumes can be read; the first: {skipped[0][1]}")
-        return rows, cached_embeddings(self.run, self.model, rows, self.cache), skipped
+        return rows, cached_embeddings(self.run / "embeddings.safetensors", self.weights, self.model, rows, self.cache), skipped
 
     def describe(self):
         """What metrics.json says of the model and of the question."""
-        return {"model_sha256": sha256_of(self.run / "model.safetensors"), "trained_on": self.model.config.trained_on, "prompts": self.asked,
+        return {"model_sha256": self.weights, "trained_on": self.model.config.trained_on, "prompts": self.asked,
                 "prompts_sha256": hashlib.sha256(json.dumps(self.asked, sort_keys=True).encode()).hexdigest(), "pairs": list(self.pairs)}
+
+    def pointing(self, rows, masks, names=("Lung nodule", "Lung mass", "Pleural effusion", "Consolidation"), most=40):
+        """Do heat maps point? Of the phantom's volumes with a lesion of a name, the share whose map has its maximum within one patch of it.
+
+        masks: folder of the phantom's lesion masks (NAME.nii.gz, bit k = the k-th of the 33). "chance" is the mean share of the body's
+        bounding box that lies within one patch of the lesion; "elsewhere" the share for the map of another volume with such a lesion.
+        """
+        config, kinds, out = self.model.config, data.CT_RATE + data.CT_RATE_LT, {}
+        rows = [row for row in rows if (Path(masks) / f"{row.name}.nii.gz").exists()]
+        for name in (name for name in names if name in self.asked):
+            hits, chances, others, last = [], [], [], None
+            for row in [row for row in rows if row.labels.get(name) == 1][:most]:
+                drawn = data.read_volume(Path(masks) / f"{row.name}.nii.gz")
+                lesion = 1000 * (drawn.hu.astype(np.int64) >> kinds.index(name) & 1).astype(np.int16)
+                lesion = data.preprocess(lesion, drawn.spacing, config.spacing, config.shape, (0, 1000))
+                near = F.max_pool3d(torch.from_numpy(lesion)[None].float(), [2 * step + 1 for step in config.patch], 1, config.patch)[0].numpy() > 500
+                hu = self.cache.read(row)
+                box = tuple(slice(place.min(), place.max() + 1) for place in np.nonzero(hu > -300))
+                grid = heatmap(self.model, hu, self.asked[name]["positive"], pairs=self.pairs)
+                at = tuple(((np.array(np.unravel_index(grid.argmax(), grid.shape)) + 0.5) * np.divide(hu.shape, grid.shape)).astype(int))
+                hits.append(near[at])
+                chances.append(near[box].mean())
+                others += [near[last]] if last else []
+                last = at
+            if hits:
+                out[name] = {"volumes": len(hits)} | {key: float(np.mean(values or math.nan)) for key, values in
+                                                      (("hit", hits), ("chance", chances), ("elsewhere", others))}
+        return out
 
     def texts_and_volumes(self, rows, v, summaries=None):
         """Retrieval, the modality gap before and after the bank, and its picture, of the rows that have a text."""
@@ -965,7 +1017,8 @@ class Study:
         out["retrieval"] = retrieval(*joint(v, v_hat, t, t_hat, self.pairs), [texts[i] for i in told]) | out.get("retrieval", {})
         out["gap"] = {"before": modality_gap(v, t), "after": modality_gap(v_hat, t_hat)}
         few = np.random.default_rng(0).permutation(len(told))[:400]
-        out["gap_picture"] = {name: [np.round(points, 3).tolist() for points in project(a[few], b[few])] for name, a, b in (("before", v, t), ("after", v_hat, t_hat))}
+        out["gap_picture"] = {name: [np.round(points, 3).tolist() for points in project(a[few], b[few])]
+                              for name, a, b in (("before", v, t), ("after", v_hat, t_hat))}
         return out
 
 
@@ -975,7 +1028,7 @@ def thresholds_from(path, manifest, rows, classes):
     others = [row for row in data.read_manifest(manifest) if row.name in scores]
     shared = {row.patient for row in others} & {row.patient for row in rows}
     if shared:
-        raise ValueError(f"{path}: patients {', '.join(sorted(shared)[:10])} are among those evaluated; thresholds need other patients, or --threshold oracle")
+        raise ValueError(f"{path}: patients {', '.join(sorted(shared)[:10])} are among those evaluated; other patients or --threshold oracle are needed")
     return best_thresholds(*join(scores, others, classes, path)[:2])
 
 
@@ -986,7 +1039,8 @@ def comparison(scores, joined, labels, classes, rows, path):
     scores, labels, patients = scores[:, mine], labels[:, mine], [row.patient for row in rows]
     ours, others, p = auroc(scores, labels), auroc(theirs, labels), delong(scores, theirs, labels, patients)
     drawn = [_nanmean(bootstrap(s, labels, patients, np.zeros(len(shared)))["auroc"]) for s in (scores, theirs)]           # the same resamples
-    return {"with": str(path), "classes": {name: {"auroc": a, "other": b, "p": q} for name, a, b, q in zip(shared, ours.tolist(), others.tolist(), p.tolist())},
+    columns = zip(shared, ours.tolist(), others.tolist(), p.tolist())
+    return {"with": str(path), "classes": {name: {"auroc": a, "other": b, "p": q} for name, a, b, q in columns},
             "macro_difference": _nanmean(ours - others).item(), "macro_difference_95": interval(drawn[0] - drawn[1]).tolist()}
 
 
@@ -1022,18 +1076,18 @@ def linear_probe(v_train, labels, patients, v):
                 out[:, which.ravel() == i] = (new @ weight + bias).numpy()
         return out
 
-    trials = {strength: _nanmean(auroc(fit(x[~held_out], labels[~held_out], x[held_out], strength), labels[held_out])) for strength in (1e-2, 0.1, 1, 10, 100)}
-    return fit(x, labels, new, max(trials, key=lambda strength: np.nan_to_num(trials[strength])))
+    def trial(strength):
+        return np.nan_to_num(_nanmean(auroc(fit(x[~held_out], labels[~held_out], x[held_out], strength), labels[held_out])))
+
+    return fit(x, labels, new, max((1e-2, 0.1, 1, 10, 100), key=trial))
 
 
 def both_levels(scores, labels, classes, rows, threshold):
     """summarise at volume level and, each scan the mean of its reconstructions, at scan level."""
-    scans = [row.scan for row in rows]
-    patients = {row.scan: row.patient for row in rows}
-    return {
-        "volume": summarise(scores, labels, classes, [row.patient for row in rows], threshold),
-        "scan": summarise(by_scan(scores, scans), np.round(by_scan(labels, scans)), classes, [patients[scan] for scan in dict.fromkeys(scans)], threshold),
-    }
+    scans = [f"{row.patient}/{row.scan}" for row in rows]
+    patients = dict(zip(scans, (row.patient for row in rows)))                                                     # in the order of by_scan
+    return {"volume": summarise(scores, labels, classes, [row.patient for row in rows], threshold),
+            "scan": summarise(by_scan(scores, scans), np.round(by_scan(labels, scans)), classes, list(patients.values()), threshold)}
 
 
 def evaluate_volume(run, path, prompts=None, negative=False, pairs=PAIRS[:2], device=None, out=None, method=None):
@@ -1090,13 +1144,16 @@ def read_reference(run):
 def evaluation_table(result):
     """What the terminal shows of an evaluation."""
     lines = [f"note: {PHANTOM_WARNING}"] if result.get("trained_on") == "phantom" else []
-    lines += [f"{result['volumes']} volumes of {result['scans']} scans of {result['patients']} patients, split {result['split']}; {len(result['skipped'])} skipped",
-              table(result) if "volume" in result else "no labels, so no metrics"]
-    if "volume" in result:
-        lines += [f"macro AUROC per scan, {name}: {_percent(values['auroc'])}" for name, values in result["scan"]["macro"].items()]
-    lines += [f"linear probe, {name}: {_percent(values['probe_auroc'])}" for name, values in result["volume"]["macro"].items()] if "probe" in result else []
-    lines += [f"macro AUROC difference to {result['compare']['with']}: {100 * result['compare']['macro_difference']:+.1f} "
-              f"({' to '.join(f'{100 * end:+.1f}' for end in result['compare']['macro_difference_95'])})"] if "compare" in result else []
+    lines += [f"{result['volumes']} volumes of {result['scans']} scans of {result['patients']} patients, split {result['split']}; {len(result['skipped'])} skipped"]
+    lines += [table(result) if "volume" in result else "no labels, so no metrics"]
+    for name, values in result.get("scan", {}).get("macro", {}).items():
+        probe = f"; of a linear probe, per volume: {_percent(result['volume']['macro'][name]['probe_auroc'])}" if "probe" in result else ""
+        lines.append(f"macro AUROC per scan, {name}: {_percent(values['auroc'])}{probe}")
+    if "compare" in result:
+        ends = " to ".join(f"{100 * end:+.1f}" for end in result["compare"]["macro_difference_95"])
+        lines.append(f"macro AUROC difference to {result['compare']['with']}: {100 * result['compare']['macro_difference']:+.1f} ({ends})")
+    for name, point in result.get("pointing", {}).items():
+        lines.append(f"heat maps of {name.lower()} point at it in {_percent(point['hit'])} % of {point['volumes']} volumes; chance {_percent(point['chance'])} %")
     return "\n".join(lines)
 
 
@@ -1134,8 +1191,8 @@ def command(argv=None):
     parser.add_argument("--prompts", nargs="+", metavar="NAME", help="abnormalities, or one .json ({name: [prompts]}) or .txt (a name a line)")
     parser.add_argument("--negative", action="store_true", help='subtract the score of "There is no X"')
     parser.add_argument("--pairs", nargs="+", choices=PAIRS, default=PAIRS[:2], help="the cosines that are averaged; default: v-t v_hat-t")
-    parser.add_argument("--threshold", default="split-half", help="split-half (from the other half of the patients), the scores.csv of another split, "
-                        "or oracle (from the very labels that are scored: flattering)")
+    parser.add_argument("--threshold", default="split-half", help="from the other half of the patients (split-half), from another split's "
+                        "scores.csv, or from the very labels that are scored (oracle; flattering)")
     parser.add_argument("--compare", type=Path, metavar="SCORES", help="another model's scores.csv: DeLong's test")
     parser.add_argument("--probe", type=Path, metavar="MANIFEST", help="train a linear classifier on its split train, as a supervised yardstick")
     parser.add_argument("--summaries", type=Path, help="summaries.jsonl: the texts for retrieval and the gap, instead of the reports")

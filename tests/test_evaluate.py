@@ -216,7 +216,7 @@ def test_a_bad_volume_is_skipped_and_listed_and_never_replaced(bench, tmp_path):
 
 @pytest.mark.parametrize("arguments, why", [
     (["--volume", "absent.nii.gz"], "no such file"), (["--manifest", "absent.csv"], "no such file"), (["--manifest", "M", "--split", "nowhere"], "nowhere"),
-    (["--manifest", "M", "--prompts", "bad.json"], "bad.json"), (["--manifest", "M", "--prompts", "absent.txt"], "absent.txt"),
+    (["--manifest", "M", "--prompts", "bad.json"], "bad.json"), (["--manifest", "M", "--prompts", "?!"], "asks nothing"), (["--manifest", "M", "--prompts", "absent.txt"], "absent.txt"),
 ])
 def test_bad_input_gets_one_line_and_exit_status_2(bench, tmp_path, arguments, why):
     (tmp_path / "bad.json").write_text('{"a": {"positve": []}}')
