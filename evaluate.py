@@ -436,7 +436,7 @@ def _prompt(name, asked):
         asked = {"positive": ["There is arterial wall calcification", "There is coronary artery wall calcification"], "combine": "max"}
     prompt = {"positive": [f"There is {name}"], "negative": [], "combine": "mean"} | (asked or {})
     texts = prompt["positive"] + prompt["negative"]
-    if set(prompt) != {"positive", "negative", "combine"} or not prompt["positive"] or not all(map(clean, texts)):
+    if set(prompt) != {"positive", "negative", "combine"} or not prompt["positive"] or not all(map(clean, [name, *texts])):
         raise ValueError(f"'{name}' asks {asked or 'nothing'}")
     return prompt
 
