@@ -135,9 +135,9 @@ def findings(seed, split, index, enriched=False):
     rng = random.Random(f"findings {seed} {split} {patient} 1")
     fresh = _sample(rng, enriched or split == "valid")
     growth = rng.uniform(.8, 1.3)
-    kept = {name: [dict(lesion, size=round(lesion["size"] * growth)) if name == "Lung nodule" else lesion for lesion in lesions]
+    kept = {name: [dict(lesion, size=min(30, round(lesion["size"] * growth))) if name == "Lung nodule" else lesion for lesion in lesions]
             for name, lesions in first.items() if name in CHRONIC}
-    merged = {name: kept.get(name) or lesions for name, lesions in (fresh | kept).items() if name not in CHRONIC or name in kept}
+    merged = {name: lesions for name, lesions in fresh.items() if name not in CHRONIC} | kept
     for cause, effects in IMPLIES.items():  # what a new acute cause brings along
         merged |= {effect: fresh.get(effect) or first[effect] for effect in effects if cause in merged and effect not in merged}
     return {name: merged[name] for name in ABNORMALITIES if name in merged}
@@ -1519,6 +1519,8 @@ def write(out, train, valid, seed=0, release=2, workers=None, masks=False):
             other = {key: json.loads(path.read_text()).get(key) for key in settings}
             if other != settings:
                 raise ValueError(f"{path}: holds a phantom of {other}, not {settings}; choose another --out or delete it")
+    for partial in out.rglob(".*.part"):  # left by a killed run
+        partial.unlink()
     _atomic(begun, json.dumps(settings).encode())
     counts = {"train": train, "valid": valid}
     jobs = [(out, seed, split, index, release, masks) for split, n in counts.items() for index in range(n)]
