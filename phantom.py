@@ -743,15 +743,15 @@ class Canvas:
         self.vessels()
 
     def trunk(self):
-        """Skin, fat, muscle, lungs and mediastinal fat; in slabs that stay in the processor's cache."""
+        """Skin, fat, muscle, lungs and mediastinal fat; in slabs whose temporaries stay small."""
         self.hu, self.lung, self.depth, self.cavity, self.dome, self.skin = np.empty((6,) + self.shape, np.float32)
         body, fat = self.body, self.body.hu["fat"]
         centre, radii, axes = body.heart()
         self.heart_box, self.heart = self.ellipsoid(centre, radii, axes, 30)
         self.depth.fill(1e3)
         self.depth[self.heart_box] = self.heart - 2
-        for start in range(0, self.shape[0], 8):
-            self._slab(slice(start, start + 8))
+        for start in range(0, self.shape[0], 32):
+            self._slab(slice(start, start + 32))
         for sign in (-1, 1):  # axillary fat, breasts
             self.paint(*self._covered((sign * .98 * body.a, 0, .84 * body.top), (22, 30, 34), 4), fat + 8)
             if body.breast:
