@@ -124,6 +124,8 @@ def _save(ctx, inputs, output):
 def _derivative(ctx, g, *_):
     x, bank, stats, kept = ctx.saved_tensors
     need_x, need_bank = ctx.needs_input_grad[:2]
+    if g is None:
+        return None, None, None, None
     if torch.is_grad_enabled():  # create_graph=True: the same formulas in operations that autograd can differentiate again
         p = torch.softmax(ctx.scale * x @ bank.mT, dim=-1)
         dp = g @ bank.mT
@@ -136,11 +138,11 @@ def _derivative(ctx, g, *_):
 _attend.register_autograd(_derivative, setup_context=_save)
 
 
-# ---- 2. Tiled torch: CPU, other devices, float64, and d beyond 1024 ---------------------------------------------------------------
+# ---- 2. Tiled torch: CPU, other devices, and what the kernels leave ------------------------------------------------------------------
 
 TILE_ENTRIES = {"cpu": 3 << 19, "cuda": 1 << 23}  # of P in one tile: large enough for the matrix product, small enough for the cache
 KEPT_ENTRIES = 1 << 23
-# Rounding moves a logit by up to |logit| x the dtype's epsilon, and its probability by that factor. A tile with logits beyond these
+# CPU: rounding moves a logit by up to |logit| x the dtype's epsilon, and its probability by that factor. A tile with logits beyond these
 # magnitudes, where it would show, is computed in the next wider dtype.
 WIDER = {torch.bfloat16: (8, torch.float32), torch.float16: (8, torch.float32), torch.float32: (16, torch.float64)}
 
@@ -150,18 +152,25 @@ def _tile(x, bank):
     return max(1, min(x.shape[0], max(64, TILE_ENTRIES.get(x.device.type, 1 << 23) // bank.shape[0])))
 
 
+def _wider(x):
+    """(limit, wider dtype) for x."""
+    return WIDER.get(x.dtype, (math.inf, None)) if x.device.type == "cpu" else (math.inf, None)
+
+
 def _softmax(x, bank, scale, out, limit=math.inf):
     """softmax(scale x bank^T) into out (n, K), the largest |logit| returned; beyond limit out is left undone."""
     torch.addmm(out, x, bank.mT, beta=0, alpha=scale, out=out)
-    low, high = torch.aminmax(out)
-    peak = max(-low.item(), high.item())
+    peak = 0.0
+    if limit < math.inf:
+        low, high = torch.aminmax(out)
+        peak = max(-low.item(), high.item())
     if not peak > limit:  # so written, a NaN goes through
         torch.softmax(out, -1, out=out)
     return peak
 
 
 def _tiled_forward(x, bank, scale, grad):
-    (N, _), K, tile, (limit, wider) = x.shape, len(bank), _tile(x, bank), WIDER.get(x.dtype, (math.inf, None))
+    (N, _), K, tile, (limit, wider) = x.shape, len(bank), _tile(x, bank), _wider(x)
     out, (stats, kept) = x.new_empty(x.shape), _for_backward(x, bank, grad)
     scratch = x.new_empty(tile if N > len(kept) else 0, K)
     for i, start in enumerate(range(0, N, tile)):
@@ -178,7 +187,7 @@ def _tiled_forward(x, bank, scale, grad):
 
 def _tiled_p_and_ds(x, g, bank, peak, known, scale, p, ds):
     """P and dS into p and ds (n, K); a known p holds P already; peak is the largest |logit|."""
-    limit, wider = WIDER.get(x.dtype, (math.inf, None))
+    limit, wider = _wider(x)
     if peak > limit:  # P in its own dtype won't do: 1 - p of a nearly one-hot row is lost in it
         wide_p, wide_ds = torch.empty_like(p, dtype=wider), torch.empty_like(ds, dtype=wider)
         _tiled_p_and_ds(x.to(wider), g.to(wider), bank.to(wider), 0, False, scale, wide_p, wide_ds)
@@ -214,9 +223,12 @@ def _pieces(d):
 
 
 def _forward_blocks(x):
-    """(BLOCK_N, BLOCK_K, stages) of the forward kernel: the first that fits the shared memory and 200 KiB of registers; None if none does."""
+    """(BLOCK_N, BLOCK_K, stages) of the forward kernel: the first that fits the shared memory and 200 KiB of registers; None if none does,
+    nor for wide fp32, whose TF32 pieces would spill the registers: cuBLAS by tiles serves it better."""
     width, shared = sum(_pieces(int(x.shape[1]))), _device_limits(x.device)[1]
-    for block_n, block_k, stages in (128, 64, 2), (64, 64, 2), (64, 32, 2), (32, 32, 2), (32, 16, 2), (16, 16, 2), (16, 16, 1):
+    if x.dtype == torch.float32 and width > 256:
+        return None
+    for block_n, block_k, stages in ((128, 64, 2), (64, 64, 2), (64, 32, 2), (32, 16, 2), (16, 16, 2))[3 * (x.itemsize == 4):]:
         if (block_n + stages * block_k) * width * x.itemsize + 4096 <= shared and block_n * width * 4 <= 200 << 10:
             return block_n, block_k, stages
 
@@ -244,7 +256,7 @@ def _triton_forward(x, bank, scale, grad):
     part_lse = stats if splits == 1 else x.new_empty(splits, N, dtype=torch.float32)
     with torch.cuda.device_of(x):
         _forward_kernel[programs, splits](x, bank, out, part, part_lse, N, K, d, scale, per_split * block_k, lo, hi, block_n, block_k,
-                                          splits == 1, splits > 1 or grad, _precision(), num_warps=8 if block_n >= 64 else 4, num_stages=stages)
+                                          splits == 1, splits > 1 or grad, _precision(), num_warps=8, num_stages=stages)
     if splits > 1:
         torch.logsumexp(part_lse, 0, out=stats)
         merged = (part * torch.softmax(part_lse, 0)[..., None]).sum(0)
@@ -255,11 +267,11 @@ def _triton_forward(x, bank, scale, grad):
 
 def _triton_p_and_ds(x, g, bank, lse, delta, scale, p, ds):
     x, g, bank, (n, d), K = x.contiguous(), g.contiguous(), bank.contiguous(), x.shape, len(bank)
-    block_d = 128 // x.itemsize  # one row of a tile is 128 bytes
-    stages = 3 if _device_limits(x.device)[1] > 150 << 10 else 2 if _device_limits(x.device)[1] > 98 << 10 else 1
+    block, block_d = (128, 64) if x.itemsize == 2 else (64, 32)
+    stages = 3 if _device_limits(x.device)[1] > 150 << 10 else 1
     with torch.cuda.device_of(x):
-        _p_and_ds_kernel[triton.cdiv(n, 128), triton.cdiv(K, 128)](x, g, bank, lse, delta, p, ds, n, K, d, scale, 128, 128, block_d,
-                                                                   _precision(), num_warps=8, num_stages=stages)
+        _p_and_ds_kernel[triton.cdiv(n, block), triton.cdiv(K, block)](x, g, bank, lse, delta, p, ds, n, K, d, scale, block, block, block_d,
+                                                                       _precision(), num_warps=8, num_stages=stages)
 
 
 if triton is not None:
