@@ -47,6 +47,29 @@ def bench_evaluate(arguments):
             held[unit] += low <= truth <= high
     for unit, count in held.items():
         print(f"the 95 % bootstrap interval over {unit} holds the true AUROC {truth} in {100 * count / sets:.1f} % of {sets} simulated data sets")
+    bench_one_scan()
+
+
+def bench_one_scan():
+    """`evaluate.py RUN --volume` from its start to its end: preset `base`, a scan of 512 x 512 x 300 voxels, the 33 prompts."""
+    import os
+    import subprocess
+    import sys
+    import tempfile
+
+    import nibabel
+    import numpy as np
+
+    from model import BrgSA
+    with tempfile.TemporaryDirectory() as folder:
+        BrgSA().save_pretrained(folder)
+        hu = np.random.default_rng(0).normal(-300, 300, (512, 512, 300)).astype(np.int16)
+        nibabel.save(nibabel.Nifti1Image(hu, np.diag([-0.7, -0.7, 1.25, 1])), f"{folder}/scan.nii.gz")
+        for extra in ((), ("--heatmap", "--prompts", "lung nodule")):
+            start = time.perf_counter()
+            child = subprocess.Popen([sys.executable, "evaluate.py", folder, "--volume", f"{folder}/scan.nii.gz", *extra], stdout=subprocess.DEVNULL)
+            peak = os.wait4(child.pid, 0)[2].ru_maxrss
+            print(f"evaluate.py --volume {' '.join(extra)}: {time.perf_counter() - start:.0f} s, {peak / 2**20:.1f} GiB at most, float32, {os.cpu_count()} cores")
 
 
 QWEN_05B = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "vocab_size": 151936, "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24,
@@ -143,6 +166,97 @@ def bench_summarize(arguments):
     print(f"ratios: whole {peer['whole'] / ours['shared head']['whole']:.2f}; decode without a shared head {decode(peer) / decode(ours['no shared head']):.2f}")
 
 
+def attention_ways():
+    """The three ways to softmax(x bank^T) bank by name."""
+    import torch.nn.functional as F
+
+    import cmki
+    return {"ours": cmki.bank_attention, "eager": cmki.reference_attention,
+            "SDPA": lambda x, bank: F.scaled_dot_product_attention(x[None, None], bank[None, None], bank[None, None], scale=1.0)[0, 0]}
+
+
+def attention_inputs(n, dtype, size=2048, dim=768):
+    """x (n, dim), an orthogonal bank (size, dim), both requiring gradients, and the gradient of the output; on CUDA where there is one."""
+    import torch
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(0)
+    x, bank, g = torch.randn(n, dim), torch.nn.init.orthogonal_(torch.empty(size, dim)), torch.randn(n, dim)
+    x, bank, g = (a.to(device, getattr(torch, dtype)) for a in (x, bank, g))
+    return x.requires_grad_(), bank.requires_grad_(), g
+
+
+def attention_memory(way, n, dtype):
+    """Print the peak bytes of one forward + backward pass beyond inputs, output and their gradients; on CPU for a process of its own."""
+    import torch
+    attend = attention_ways()[way]
+    x, bank, g = attention_inputs(8, dtype)
+    attend(x, bank).backward(g)  # what libraries load once is no cost of the pass
+    x, bank, g = attention_inputs(n, dtype)
+    if x.is_cuda:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    else:
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")  # resets VmHWM to the present
+        before = status_bytes("VmRSS")
+    out = attend(x, bank)
+    out.backward(g)
+    peak = torch.cuda.max_memory_allocated() if x.is_cuda else status_bytes("VmHWM")
+    print(peak - before - sum(a.nbytes for a in (out, x.grad, bank.grad)))
+
+
+def status_bytes(key):
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith(key + ":")) * 1024
+
+
+def bench_attention(arguments):
+    """bank_attention beside the two lines in eager torch and F.scaled_dot_product_attention: time, share of the matrix rate, memory."""
+    import subprocess
+    import sys
+    from pathlib import Path
+
+    import torch
+    from torch.nn.attention import SDPBackend
+    ways, cuda = attention_ways(), torch.cuda.is_available()
+    synchronise = torch.cuda.synchronize if cuda else lambda: None
+    name = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
+    print(f"Attention over a bank of 2048 x 768; {name}; medians, the three ways in turn; FLOP/s: 4 N K d forward, 12 N K d with backward")
+    for dtype in ("float32", "bfloat16"):
+        a, b = (torch.randn(8192 if cuda else 2048, 8192 if cuda else 2048).to("cuda" if cuda else "cpu", getattr(torch, dtype)) for _ in range(2))
+        rate = 2 * len(a) ** 3 / min(timed(lambda: (a @ b, synchronise())) for _ in range(10))
+        x, bank, _ = attention_inputs(64, dtype)
+        backend = SDPBackend(torch._fused_sdp_choice(x[None, None], bank[None, None], bank[None, None])).name
+        print(f"\n{dtype}: matrix product {rate / 1e9:.0f} GFLOP/s; SDPA takes its {backend} backend\n\n"
+              "| N | way | forward ms | GFLOP/s | of the rate | forward + backward ms | GFLOP/s | of the rate | against the faster peer | memory MiB |\n"
+              "|---|---|---|---|---|---|---|---|---|---|")
+        for n, rounds in (64, 41), (2744, 9), (10976, 7):
+            x, bank, g = attention_inputs(n, dtype)
+            times = {way: ([], []) for way in ways}
+            for i in range(rounds + 2):  # the first two warm up
+                for way, attend in ways.items():
+                    x.grad = bank.grad = None
+                    synchronise()
+                    start = time.perf_counter()
+                    out = attend(x, bank)
+                    synchronise()
+                    middle = time.perf_counter()
+                    out.backward(g)
+                    synchronise()
+                    if i >= 2:
+                        times[way][0].append(middle - start)
+                        times[way][1].append(time.perf_counter() - start)
+                    del out
+            median = {way: [statistics.median(t) for t in pair] for way, pair in times.items()}
+            faster = min(median["eager"][1], median["SDPA"][1])
+            for way, (forward, both) in median.items():
+                command = [sys.executable, "-c", f"import bench; bench.attention_memory({way!r}, {n}, {dtype!r})"]
+                memory = int(subprocess.run(command, check=True, capture_output=True, text=True, cwd=Path(__file__).parent).stdout)
+                flops = n * 2048 * 768 / 1e9
+                print(f"| {n} | {way} | {1e3 * forward:.2f} | {4 * flops / forward:.0f} | {4e9 * flops / forward / rate:.0%} | {1e3 * both:.2f} | "
+                      f"{12 * flops / both:.0f} | {12e9 * flops / both / rate:.0%} | {both / faster:.2f} | {memory / 2 ** 20:.1f} |", flush=True)
+
+
 def timed(call):
     start = time.perf_counter()
     call()
@@ -160,6 +274,8 @@ def main():
     command.add_argument("--small", action="store_true", help="the small summarizer alone")
     command.add_argument("--pairs", metavar="FILE", help="write the pairs that the small summarizer is trained on, and nothing else")
     command.set_defaults(run=bench_summarize)
+    command = commands.add_parser("attention", help="the bank's attention beside eager torch and F.scaled_dot_product_attention")
+    command.set_defaults(run=bench_attention)
     arguments = parser.parse_args()
     arguments.run(arguments)
 
