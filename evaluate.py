@@ -640,18 +640,24 @@ def rollout(layers, heads, rows=256):
     return out
 
 
+def cells(grid, config):
+    """Where a map's cells lie in the preprocessed volume: voxels from one centre to the next, and the first centre, each (3,)."""
+    if config.vision == "vit":
+        return np.array(config.patch), (np.array(config.patch) - 1) / 2
+    return 2 ** np.ceil(np.log2(np.divide(config.shape, grid.shape))), np.zeros(3)        # strided, padded convolutions start at voxel 0
+
+
 def to_scan(grid, volume, config):
     """A heat map (gx, gy, gz) of the preprocessed volume, brought linearly to the voxels of the Volume it came from: 0 to 1, (X, Y, Z).
 
     Inverse of data.preprocess; voxels that it cropped away get 0.
     """
     weights = []
-    for size, step, step_out, shape, patch, cells in zip(volume.hu.shape, volume.spacing, config.spacing, config.shape, config.patch, grid.shape):
+    for size, step, step_out, shape, stride, offset, n in zip(volume.hu.shape, volume.spacing, config.spacing, config.shape, *cells(grid, config), grid.shape):
         resampled = max(1, round(size * step / step_out))
         kept = min(resampled, shape)
         position = np.arange(size) * step / step_out - (resampled - kept) // 2 + (shape - kept) // 2            # voxel of the preprocessed
-        cell = (position - (patch - 1) / 2) / patch if config.vision == "vit" else position / 32                 # a CNN's cells: one in 32
-        weight = np.maximum(0, 1 - np.abs(np.clip(cell, 0, cells - 1)[:, None] - np.arange(cells)))
+        weight = np.maximum(0, 1 - np.abs(np.clip((position - offset) / stride, 0, n - 1)[:, None] - np.arange(n)))
         weights.append((weight * ((position > -0.5) & (position < shape - 0.5))[:, None]).astype(np.float32))
     scaled = (grid - grid.min()) / max(grid.max() - grid.min(), 1e-12)
     return np.einsum("xi,yj,zk,ijk->xyz", *weights, scaled.astype(np.float32), optimize=True)
@@ -987,11 +993,12 @@ class Study:
                 drawn = data.read_volume(Path(masks) / f"{row.name}.nii.gz")
                 lesion = 1000 * (drawn.hu.astype(np.int64) >> kinds.index(name) & 1).astype(np.int16)
                 lesion = data.preprocess(lesion, drawn.spacing, config.spacing, config.shape, (0, 1000))
-                near = F.max_pool3d(torch.from_numpy(lesion)[None].float(), [2 * step + 1 for step in config.patch], 1, config.patch)[0].numpy() > 500
+                near = F.max_pool3d(torch.from_numpy(lesion)[None].float(), [2 * step + 1 for step in config.patch], 1, config.patch)[0].numpy() > 100
                 hu = self.cache.read(row)
                 box = tuple(slice(place.min(), place.max() + 1) for place in np.nonzero(hu > -300))
                 grid = heatmap(self.model, hu, self.asked[name]["positive"], pairs=self.pairs)
-                at = tuple(((np.array(np.unravel_index(grid.argmax(), grid.shape)) + 0.5) * np.divide(hu.shape, grid.shape)).astype(int))
+                stride, offset = cells(grid, config)
+                at = tuple(np.minimum(np.array(np.unravel_index(grid.argmax(), grid.shape)) * stride + offset, np.array(hu.shape) - 1).astype(int))
                 hits.append(near[at])
                 chances.append(near[box].mean())
                 others += [near[last]] if last else []

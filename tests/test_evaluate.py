@@ -449,3 +449,30 @@ def test_a_synthetic_rad_chestct_runs_end_to_end(tmp_path):
     everything = evaluate.evaluate(run, tmp_path / "manifest.csv", out=tmp_path / "out", benchmark="rad-chestct-all")
     assert "Coronary artery disease" in everything["volume"]["classes"]
     Page((tmp_path / "out" / "report.html").read_text())
+
+
+def test_pointing_counts_maps_whose_maximum_lies_within_one_patch_of_the_lesion(tmp_path, monkeypatch):
+    run, rows = make_run(tmp_path / "run", trained_on="phantom"), []
+    (tmp_path / "masks").mkdir()
+    corners = [(6, 6, 6), (22, 6, 6), (6, 20, 16), (22, 20, 16)]
+    for i, (x, y, z) in enumerate(corners):
+        write_scan(tmp_path / f"v{i}.nii.gz", i)
+        bits = np.zeros((30, 28, 24), np.int64)
+        bits[x:x + 2, y:y + 2, z:z + 2] = 1 << data.CT_RATE.index("Lung nodule")
+        bits[0, 0, 0] = 1 << data.CT_RATE.index("Consolidation")
+        nibabel.save(nibabel.Nifti1Image(bits, np.diag([-8.0, -8.0, 8.0, 1.0]), dtype=np.int64), tmp_path / "masks" / f"v{i}.nii.gz")
+        rows.append(data.Row(f"v{i}", tmp_path / f"v{i}.nii.gz", "valid", f"p{i}", f"s{i}", labels={"Lung nodule": 1.0, "Pleural effusion": float(i % 2)}))
+    data.write_manifest(rows, tmp_path / "manifest.csv")
+
+    def oracle(model, hu, texts, pairs):
+        i = next(i for i, row in enumerate(rows) if (np.asarray(hu) == np.asarray(reference[row.name])).all())
+        grid = np.zeros((4, 4, 3))
+        grid[tuple((corner + pad) // 8 for corner, pad in zip(corners[i], (1, 2, 0)))] = 1                      # 30 x 28 x 24 padded to 32 x 32 x 24
+        return grid
+    study = evaluate.Study(run, tmp_path / "manifest.csv", None, "cpu", evaluate.PAIRS[:2], evaluate.make_prompts(["Lung nodule"]))
+    study.embed(rows)
+    reference = {row.name: study.cache.read(row) for row in rows}
+    monkeypatch.setattr(evaluate, "heatmap", oracle)
+    result = evaluate.evaluate(run, tmp_path / "manifest.csv", out=tmp_path / "out")["pointing"]["Lung nodule"]
+    assert result["volumes"] == 4 and result["hit"] == 1 and result["elsewhere"] == 0 and 0.2 < result["chance"] < 0.7
+    assert "Do heat maps point?" in (tmp_path / "out" / "report.html").read_text()
