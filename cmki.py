@@ -140,16 +140,17 @@ _attend.register_autograd(_derivative, setup_context=_save)
 
 # ---- 2. Tiled torch: CPU, other devices, and what the kernels leave ------------------------------------------------------------------
 
+KEPT_ENTRIES = 1 << 23  # of P, for the backward pass
 TILE_ENTRIES = {"cpu": 3 << 19, "cuda": 1 << 23}  # of P in one tile: large enough for the matrix product, small enough for the cache
-KEPT_ENTRIES = 1 << 23
 # CPU: rounding moves a logit by up to |logit| x the dtype's epsilon, and its probability by that factor. A tile with logits beyond these
 # magnitudes, where it would show, is computed in the next wider dtype.
 WIDER = {torch.bfloat16: (8, torch.float32), torch.float16: (8, torch.float32), torch.float32: (16, torch.float64)}
 
 
 def _tile(x, bank):
-    """Rows of x per tile."""
-    return max(1, min(x.shape[0], max(64, TILE_ENTRIES.get(x.device.type, 1 << 23) // bank.shape[0])))
+    """Rows of x per tile: all of them where P is kept whole."""
+    N, K = x.shape[0], bank.shape[0]
+    return max(1, N) if N * K <= KEPT_ENTRIES else min(N, max(64, TILE_ENTRIES.get(x.device.type, 1 << 23) // K))
 
 
 def _wider(x):
@@ -203,7 +204,7 @@ def _tiled_p_and_ds(x, g, bank, peak, known, scale, p, ds):
 # Forward: a program holds BLOCK_N queries (shared memory) and their outputs (registers, fp32) over the whole width d and walks over the
 # bank; each tile of BLOCK_K entries is loaded once and serves both products. tl.dot wants powers of two, so d is covered by two pieces,
 # LO + HI >= d: 768 = 512 + 256, 1000 -> 512 + 512, 192 = 128 + 64. Budget of an H100 multiprocessor (227 KiB shared, 256 KiB of registers) at
-# d 768 in bf16: 64 queries 96 KiB + 2 stages x 32 entries x 48 KiB = 192 KiB shared; outputs 64 x 768 x 4 = 192 KiB of registers over 8 warps.
+# d 768 in bf16: 64 queries 96 KiB + 2 stages of 32 entries x 48 KiB = 192 KiB shared; outputs 64 x 768 x 4 = 192 KiB of registers over 8 warps.
 # Few queries: the bank is split over programs as well and the partial results are merged by their log-sum-exp.
 #
 # Backward: holding dx and dbank beside each other would need more registers than there are, and adding either up in memory needs atomics.
