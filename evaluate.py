@@ -659,8 +659,8 @@ def to_scan(grid, volume, config):
         position = np.arange(size) * step / step_out - (resampled - kept) // 2 + (shape - kept) // 2            # voxel of the preprocessed
         weight = np.maximum(0, 1 - np.abs(np.clip((position - offset) / stride, 0, n - 1)[:, None] - np.arange(n)))
         weights.append((weight * ((position > -0.5) & (position < shape - 0.5))[:, None]).astype(np.float32))
-    scaled = (grid - grid.min()) / max(grid.max() - grid.min(), 1e-12)
-    return np.einsum("xi,yj,zk,ijk->xyz", *weights, scaled.astype(np.float32), optimize=True)
+    heat = np.einsum("xi,yj,zk,ijk->xyz", *weights, (grid - grid.min()).astype(np.float32), optimize=True)
+    return heat / (heat.max() or 1)                                                   # scaled here: the map's maximum may lie in the padding
 
 
 def write_heatmap(path, heat, volume, source):
@@ -979,7 +979,7 @@ class Study:
         return {"model_sha256": self.weights, "trained_on": self.model.config.trained_on, "prompts": self.asked,
                 "prompts_sha256": hashlib.sha256(json.dumps(self.asked, sort_keys=True).encode()).hexdigest(), "pairs": list(self.pairs)}
 
-    def pointing(self, rows, masks, names=("Lung nodule", "Lung mass", "Pleural effusion", "Consolidation"), most=40):
+    def pointing(self, rows, masks, names=("Lung nodule", "Lung mass", "Pleural effusion", "Consolidation"), most=25):
         """Do heat maps point? Of the phantom's volumes with a lesion of a name, the share whose map has its maximum within one patch of it.
 
         masks: folder of the phantom's lesion masks (NAME.nii.gz, bit k = the k-th of the 33). "chance" is the mean share of the body's
@@ -993,7 +993,10 @@ class Study:
                 drawn = data.read_volume(Path(masks) / f"{row.name}.nii.gz")
                 lesion = 1000 * (drawn.hu.astype(np.int64) >> kinds.index(name) & 1).astype(np.int16)
                 lesion = data.preprocess(lesion, drawn.spacing, config.spacing, config.shape, (0, 1000))
-                near = F.max_pool3d(torch.from_numpy(lesion)[None].float(), [2 * step + 1 for step in config.patch], 1, config.patch)[0].numpy() > 100
+                near = torch.from_numpy(lesion)[None].float()
+                for axis, step in enumerate(config.patch):                                                    # a box's maximum, axis by axis
+                    near = F.max_pool3d(near, [2 * step + 1 if i == axis else 1 for i in range(3)], 1, [step if i == axis else 0 for i in range(3)])
+                near = near[0].numpy() > 100
                 hu = self.cache.read(row)
                 box = tuple(slice(place.min(), place.max() + 1) for place in np.nonzero(hu > -300))
                 grid = heatmap(self.model, hu, self.asked[name]["positive"], pairs=self.pairs)
