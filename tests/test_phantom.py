@@ -158,7 +158,7 @@ def test_negating_terms_and_normal_statements_never_contradict_what_was_found():
 
 
 def test_held_out_wordings_are_not_among_the_usual_ones():
-    usual, held = (set(phantom.FRAMES[w]) | set(phantom.NEGATIONS[w]) for w in ("usual", "held-out"))
+    usual, held = (set((phantom.FRAMES[w] + "|" + phantom.NEGATIONS[w]).split("|")) for w in ("usual", "held-out"))
     assert not usual & held
     for name, (_, *phrases) in phantom.GRAMMAR.items():
         for i in (0, 2, 4):
