@@ -55,7 +55,8 @@ CAUSES = {  # latent, shared by abnormalities (a Gaussian copula: prevalences st
                   "Tuberculosis": .3, "Empyema": .3},
     "airways": {"Bronchiectasis": .5, "Peribronchial thickening": .45, "Bronchial thickening": .5, "Mosaic attenuation pattern": .4,
                 "Emphysema": .3},
-    "scars": {"Pulmonary fibrotic sequela": .5, "Pulmonary fibrosis": .4, "Tuberculosis": .4, "Bronchiectasis": .3, "Pleural calcification": .4},
+    "scars": {"Pulmonary fibrotic sequela": .5, "Pulmonary fibrosis": .4, "Tuberculosis": .4, "Bronchiectasis": .3,
+              "Pleural calcification": .4},
     "injury": {"Rib fracture": .5, "Pneumothorax": .5, "Pneumomediastinum": .4},
     "tumour": {"Lung mass": .5, "Lymphadenopathy": .3, "Lung nodule": .2}}
 ACUTE = {"Pericardial effusion", "Lymphadenopathy", "Atelectasis", "Lung opacity", "Pleural effusion", "Consolidation", "Pneumonia",
@@ -316,11 +317,14 @@ FRAMES = {  # {Np} and {np} are one noun phrase, {be} and {was} agree with it
     "usual": "There {be} {np}.|{Np} {be} observed.|{Np} {was} detected.|{Np} {be} present.|{Np} {be} seen.|{Np} {was} observed."
              "|{Np} {be} noteworthy.|In this examination, {np} {be} observed.|{Np} {was} evaluated as existing.|{Np} {be} remarkable.",
     "held-out": "The examination reveals {np}.|{Np} {be} identified.|Also visible {be} {np}.|{Np} can be distinguished."}
-IMPRESSION_FRAMES = {"usual": "{Np}.|{Np}.|{Np}.|{Np} {be} observed.|Findings: {np}.", "held-out": "{Np} {be} identified.|Conclusion: {np}."}
+IMPRESSION_FRAMES = {
+    "usual": "{Np}.|{Np}.|{Np}.|{Np} {be} observed.|Findings: {np}.", "held-out": "{Np} {be} identified.|Conclusion: {np}."}
 NEGATIONS = {
     "usual": "No {no} was detected.|No {no} was observed.|There is no {no}.|There is no sign of {no}.|{No} was not detected."
-             "|{No} is not observed.|No {no} is seen.|The {no} described in the previous study has disappeared.|No {no} was found in the sections.",
-    "held-out": "Evidence of {no} is lacking.|{No} is absent.|Neither this study nor the former one reveals {no}.|{No} has resolved completely."}
+             "|{No} is not observed.|No {no} is seen.|The {no} described in the previous study has disappeared."
+             "|No {no} was found in the sections.",
+    "held-out": "Evidence of {no} is lacking.|{No} is absent.|Neither this study nor the former one reveals {no}."
+                "|{No} has resolved completely."}
 # Organ: normal statements, each [with the abnormalities that must be absent for it to be true].
 NORMAL = {organ: [(text, unless.rstrip("]").split(", ") if unless else []) for text, _, unless in
                   (statement.partition(" [") for statement in body.split("|"))] for organ, body in _entries("""
@@ -552,6 +556,9 @@ class Anatomy:
         centre, radii, axes = self.heart()
         heart = np.sqrt(((((points - centre) @ axes.T) / radii)**2).sum(-1)) - 1
         return np.minimum.reduce((self.radius(x, y, z) - np.hypot(x, y), np.abs(x) - self.mediastinum(y, z), .8 * (z - self.diaphragm(x, y)), heart * radii.min()))
+
+    def hilum(self, point):
+        return self.at((math.copysign(36, point[0]), 9, 131))[0]
 
     def lobe(self, points):
         x, y, z = (np.asarray(points) / self.scale).T
@@ -865,7 +872,7 @@ class Canvas:
         posterior = np.minimum(np.minimum(arch, spinous), transverse)
         self.paint(where, self.cover(posterior), self.bone(posterior))
         self.paint(where, self.cover(np.hypot(dx, spot) - 8), 22)
-        self.spine = where, plane, phase, pitch, dx, dy
+        self.spine, self.pitch = (where, plane, dy), pitch
 
     def vessels(self):
         body, hu = self.body, self.body.hu
@@ -912,16 +919,22 @@ class Canvas:
 
 # ------------------------------------------------------------------------------------------------ what is seen: the abnormalities
 # One function each, (canvas, rng, lesion, name): draws one lesion and notes its mask under `name`.
-def _rough(c, centre, radii, rng, rough, axes=None, tile="fine", mm=2.5):
+SIGN = {"right": -1, "left": 1}
+
+
+def _rough(c, rng, centre, radii, rough, axes=None):
     """Slices and signed distance to an ellipsoid with an uneven surface (rough: a share of its radius)."""
     radii = np.broadcast_to(np.asarray(radii, np.float32), 3)
     where, distance = c.ellipsoid(centre, radii, axes, 2 * rough * float(radii.max()))
-    return where, distance + rough * float(radii.mean()) * c.texture(where, tile, mm, rng.integers(64))
+    return where, distance + rough * float(radii.mean()) * c.texture(where, "fine", 2.5, rng.integers(64))
 
 
-def _axes(rng):
-    """Random orthonormal rows."""
-    return np.linalg.qr(rng.standard_normal((3, 3)))[0].astype(np.float32)
+def _focus(c, rng, lesion, margin, spread, rough, most=1e9, tilted=False):
+    """A rough ellipsoid in a lesion's lobe, margin to most mm deep -> radius, centre, slices, signed distance."""
+    r, centre = lesion["size"] / 2, c.body.spots(rng, 1, margin, lesion["lobe"], most=most)[0]
+    radii = r * rng.uniform(*spread, 3)
+    axes = np.linalg.qr(rng.standard_normal((3, 3)))[0].astype(np.float32) if tilted else None
+    return r, centre, *_rough(c, rng, centre, radii, rough, axes)
 
 
 def _scatter(c, rng, centre, n, spread, radii, hu, name):
@@ -938,97 +951,92 @@ def _haze(c, where, cover, rise, name):
 
 
 def nodule(c, rng, lesion, name):
-    r = lesion["size"] / 2
-    centre = c.body.spots(rng, 1, min(r + 2, 14), lesion["lobe"])[0]
-    where, distance = _rough(c, centre, r * rng.uniform(.85, 1.1, 3), rng, .07)
+    _, _, where, distance = _focus(c, rng, lesion, min(lesion["size"] / 2 + 2, 14), (.85, 1.1), .07)
     c.paint(where, c.cover(distance), rng.choice((rng.uniform(10, 70), rng.uniform(150, 400)), p=(.85, .15)), name, lung=True)
 
 
 def mass(c, rng, lesion, name):
-    r = lesion["size"] / 2
-    centre = c.body.spots(rng, 1, .7 * r, lesion["lobe"])[0]
-    where, distance = _rough(c, centre, r * rng.uniform(.85, 1.1, 3), rng, .16)
-    tips = centre + rng.standard_normal((14, 3)) * r
-    spicules = np.concatenate([_path((centre, centre + (tip - centre) / np.linalg.norm(tip - centre) * r * rng.uniform(1.2, 1.6))) for tip in tips])
-    c.stroke(spicules, 1.1, 0, name, lung=True)
+    """Lobulated and spiculated, with a darker core."""
+    r, centre, where, distance = _focus(c, rng, lesion, .35 * lesion["size"], (.85, 1.1), .16)
+    rays = rng.standard_normal((14, 3)) * r
+    spicules = [_path((centre, centre + ray / np.linalg.norm(ray) * r * rng.uniform(1.2, 1.6))) for ray in rays]
+    c.stroke(np.concatenate(spicules), 1.1, 0, name, lung=True)
     c.paint(where, c.cover(distance), 42 + 8 * c.texture(where, "fine", 3), name, lung=True)
     c.paint(where, c.cover(distance + .55 * r, 3), 18)
 
 
 def opacity(c, rng, lesion, name):
-    r = lesion["size"] / 2
-    centre = c.body.spots(rng, 1, rng.uniform(6, 16), lesion["lobe"])[0]
-    where, distance = _rough(c, centre, r * rng.uniform(.7, 1.15, 3), rng, .3, _axes(rng))
+    _, _, where, distance = _focus(c, rng, lesion, rng.uniform(6, 16), (.7, 1.15), .3, tilted=True)
     _haze(c, where, c.cover(distance, 5), rng.uniform(210, 340), name)
 
 
-def _bronchogram(c, rng, centre, r, n):
-    hilum = c.body.at((math.copysign(36, centre[0]), 9, 131))[0]
-    away = (centre - hilum) / (np.linalg.norm(centre - hilum) + 1)
-    for _ in range(n):
-        start, end = centre - away * .9 * r + rng.standard_normal(3) * .25 * r, centre + away * .6 * r + rng.standard_normal(3) * .45 * r
-        c.stroke(_path((start, end)), rng.uniform(1.5, 2.3), -850, lung=True)
-
-
 def consolidation(c, rng, lesion, name):
-    r = lesion["size"] / 2
-    centre = c.body.spots(rng, 1, 5, lesion["lobe"], most=.6 * r)[0]
-    where, distance = _rough(c, centre, r * rng.uniform(.75, 1.15, 3), rng, .22, _axes(rng))
+    """Filled lung with air bronchograms, at the pleura."""
+    r, centre, where, distance = _focus(c, rng, lesion, 5, (.75, 1.15), .22, .3 * lesion["size"], tilted=True)
     c.paint(where, c.cover(distance, 2), rng.uniform(25, 50), name, lung=True)
-    _bronchogram(c, rng, centre, r, rng.integers(3, 7))
+    away = centre - c.body.hilum(centre)
+    away = away / (np.linalg.norm(away) + 1)
+    for _ in range(rng.integers(3, 7)):
+        ends = centre - away * .9 * r + rng.standard_normal(3) * .25 * r, centre + away * .6 * r + rng.standard_normal(3) * .45 * r
+        c.stroke(_path(ends), rng.uniform(1.5, 2.3), -850, lung=True)
 
 
 def pneumonia(c, rng, lesion, name):
     """Patchy: several dense cores in one cloud of ground glass, with tree-in-bud around."""
-    r = lesion["size"] / 2
-    centre = c.body.spots(rng, 1, 8, lesion["lobe"], most=22)[0]
-    where, distance = _rough(c, centre, 1.15 * r, rng, .3)
+    r, centre = lesion["size"] / 2, c.body.spots(rng, 1, 8, lesion["lobe"], most=22)[0]
+    where, distance = _rough(c, rng, centre, 1.15 * r, .3)
     _haze(c, where, c.cover(distance, 6), rng.uniform(220, 320), name)
     for core in centre + rng.standard_normal((4, 3)) * .5 * r:
-        where, distance = _rough(c, core, r * rng.uniform(.28, .45), rng, .3)
+        where, distance = _rough(c, rng, core, r * rng.uniform(.28, .45), .3)
         c.paint(where, c.cover(distance, 3), 20, name, lung=True)
     _scatter(c, rng, centre, 36, r, (1.6, 2.8), -80, name)
 
 
 def tuberculosis(c, rng, lesion, name):
     """A thick-walled cavity with satellite nodules, a calcified granuloma and strands to the apex."""
-    r = lesion["size"] / 2
-    centre = c.body.spots(rng, 1, 10, lesion["lobe"])[0]
+    r, centre = lesion["size"] / 2, c.body.spots(rng, 1, 10, lesion["lobe"])[0]
     _scatter(c, rng, centre, 45, 1.1 * r + 5, (1.6, 3.4), 10, name)
     for _ in range(5):
         c.stroke(_path((centre, centre + (rng.standard_normal(3) + (0, 0, 1.2)) * 18), smooth=6), 1.2, 0, name, lung=True)
-    where, distance = _rough(c, centre, r, rng, .1)
+    where, distance = _rough(c, rng, centre, r, .1)
     c.paint(where, c.cover(distance), 40, name, lung=True)
     c.paint(where, c.cover(distance + rng.uniform(.32, .42) * r + 1.5), -940)
     _scatter(c, rng, centre, 5, 1.2 * r, (1.6, 2.6), 600, name)
 
 
+def cyst(c, rng, lesion, name):
+    r = lesion["size"] / 2
+    where, distance = c.ellipsoid(c.body.spots(rng, 1, min(r + 2, 15), lesion["lobe"])[0], r * rng.uniform(.85, 1.1, 3), reach=4)
+    c.paint(where, c.cover(distance - 1.3), -150, name, lung=True)
+    c.paint(where, c.cover(distance), -990, lung=True)
+
+
 def atelectasis(c, rng, lesion, name):
+    """Some plates, mostly level; or an airless wedge between spine and diaphragm, or on the heart's border."""
     size = lesion["size"]
-    if lesion["what"] == "lobar":  # an airless wedge between spine and diaphragm, or on the heart's border
-        where, (k, n, m) = c.half(lesion["side"]), c.body.scale
-        x, y, z = np.abs(c.x[where[1:]]), c.y[where[1:]], c.z
-        if lesion["lobe"] in LOWER:
-            wedge = (.6 * (x - 30 * k) - .6 * (y - 48 * n))[None] + .55 * (z - 52 * m) - .35 * size + 8
-        else:
-            wedge = np.maximum((.6 * (x - 52 * k) + .6 * (y + 34 * n))[None] - .2 * size, np.abs(z - 84 * m) - .35 * size)
-        wedge = wedge + 5 * c.texture(where, "fine", 2.5, rng.integers(64))
-        c.paint(where, c.cover(wedge, 1), rng.uniform(30, 55), name, lung=True)
+    if lesion["what"] == "linear":
+        for _ in range(rng.integers(1, 4)):
+            point = c.body.spots(rng, 1, 8, lesion["lobe"])[0]
+            point[2] = min(point[2], c.body.diaphragm(point[0], point[1]) + rng.uniform(10, 34))
+            tilt = np.linalg.qr(np.eye(3)[[1, 2, 0]] + rng.uniform(-.35, .35, (3, 3)))[0].T.astype(np.float32)
+            where, distance = _rough(c, rng, point, (rng.uniform(2.2, 4), .6 * size, .38 * size), .02, tilt)
+            c.paint(where, c.cover(distance), rng.uniform(-80, 20), name, lung=True)
         return
-    for _ in range(rng.integers(1, 4)):  # plates, mostly level
-        point = c.body.spots(rng, 1, 8, lesion["lobe"])[0]
-        point[2] = min(point[2], c.body.diaphragm(point[0], point[1]) + rng.uniform(10, 34))
-        tilt = np.linalg.qr(np.array(((0, 0, 1), (1, 0, 0), (0, 1, 0))).T + rng.uniform(-.35, .35, (3, 3)))[0].T.astype(np.float32)
-        where, distance = _rough(c, point, (rng.uniform(2.2, 4), .6 * size, .38 * size), rng, .02, tilt)
-        c.paint(where, c.cover(distance), rng.uniform(-80, 20), name, lung=True)
+    where, (k, n, m) = c.half(lesion["side"]), c.body.scale
+    x, y, z = np.abs(c.x[where[1:]]), c.y[where[1:]], c.z
+    if lesion["lobe"] in LOWER:
+        wedge = (.6 * (x - 30 * k) - .6 * (y - 48 * n))[None] + .55 * (z - 52 * m) - .35 * size + 8
+    else:
+        wedge = np.maximum((.6 * (x - 52 * k) + .6 * (y + 34 * n))[None] - .2 * size, np.abs(z - 84 * m) - .35 * size)
+    wedge = wedge + 5 * c.texture(where, "fine", 2.5, rng.integers(64))
+    c.paint(where, c.cover(wedge, 1), rng.uniform(30, 55), name, lung=True)
 
 
 def sequela(c, rng, lesion, name):
     """Irregular strands from the pleura towards the hilum, and a pleural cap."""
     points = c.body.spots(rng, 60, 1, lesion["lobe"], most=6)
-    high = lesion["lobe"] in UPPER
-    centre = points[np.argsort((-1 if high else 1) * points[:, 2])[rng.integers(0, 8)]]
-    hilum = c.body.at((math.copysign(36, centre[0]), 9, 131))[0]
+    centre = points[np.argsort((-1 if lesion["lobe"] in UPPER else 1) * points[:, 2])[rng.integers(0, 8)]]
+    hilum = c.body.hilum(centre)
     reach = lesion["size"] / np.linalg.norm(hilum - centre)
     for _ in range(rng.integers(4, 8)):
         start = centre + rng.standard_normal(3) * 9
@@ -1041,19 +1049,11 @@ def sequela(c, rng, lesion, name):
 
 def emphysema(c, rng, lesion, name):
     """Holes without walls, mostly in the upper lobe, in lung that is thinned out."""
-    where = c.half(lesion["side"])
-    high = np.clip((c.z - .35 * c.body.top) / 90, 0, 1)
-    c.hu[where] -= 35 * c.lung[where] * high
-    points = np.concatenate((c.body.spots(rng, int(.75 * lesion["n"]), 3, lesion["lobe"]), c.body.spots(rng, int(.25 * lesion["n"]), 3, side=lesion["side"])))
+    where, n = c.half(lesion["side"]), lesion["n"]
+    c.hu[where] -= 35 * c.lung[where] * np.clip((c.z - .35 * c.body.top) / 90, 0, 1)
+    points = c.body.spots(rng, int(.75 * n), 3, lesion["lobe"]), c.body.spots(rng, int(.25 * n), 3, side=lesion["side"])
+    points = np.concatenate(points)
     c.stroke(points, lesion["size"] / 2 * rng.uniform(.5, 1, len(points)), -985, name, lung=True, strength=.9)
-
-
-def cyst(c, rng, lesion, name):
-    r = lesion["size"] / 2
-    centre = c.body.spots(rng, 1, min(r + 2, 15), lesion["lobe"])[0]
-    where, distance = c.ellipsoid(centre, r * rng.uniform(.85, 1.1, 3), reach=4)
-    c.paint(where, c.cover(distance - 1.3), -150, name, lung=True)
-    c.paint(where, c.cover(distance), -990, lung=True)
 
 
 def mosaic(c, rng, lesion, name):
@@ -1075,98 +1075,84 @@ def septal(c, rng, lesion, name):
 def fibrosis(c, rng, lesion, name):
     """Honeycomb cysts and reticulation in a rind below the pleura, thickest at the bases."""
     where = c.half(lesion["side"])
-    low = np.clip(1.15 - 1.25 * c.z / c.body.top, .12, 1)
-    rind = c.cover(c.depth[where] - low * lesion["size"] * (1 + .35 * c.texture(where, "fine", 3)), 5) * c.lung[where]
-    comb = -840 + 780 * c.texture(where, "cells", 1.5, 4)
-    c.hu[where] += rind * (comb - c.hu[where])
-    c.note(name, where, rind)
+    thick = np.clip(1.15 - 1.25 * c.z / c.body.top, .12, 1) * lesion["size"] * (1 + .35 * c.texture(where, "fine", 3))
+    c.paint(where, c.cover(c.depth[where] - thick, 5), -840 + 780 * c.texture(where, "cells", 1.5, 4), name, lung=True)
 
 
-def peribronchial(c, rng, lesion, name):
-    """Soft sleeves around the central bronchi."""
+def airway_walls(c, rng, lesion, name):
+    """Soft sleeves around the central bronchi, or thick walls along the segmental ones, far into the lung."""
+    central = name == "Peribronchial thickening"
+    extent, least, wall, lumen, strength = (62, 0, -60, -960, .75) if central else (105, 1.9, 45, -950, 1)
     points, radii = c.airway[lesion["side"]]
-    near = np.linalg.norm(points - points[0], axis=1) < 62
-    c.stroke(points[near], radii[near] + lesion["size"], -60, name, lung=True, strength=.75)
-    c.stroke(points[near], radii[near], -960)
-
-
-def bronchial(c, rng, lesion, name):
-    """Thick walls along the segmental bronchi, far into the lung."""
-    points, radii = c.airway[lesion["side"]]
-    far = np.linalg.norm(points - points[0], axis=1) < 105
-    lumen = np.maximum(radii[far], 1.9)
-    c.stroke(points[far], lumen + lesion["size"], 45, name, lung=True)
-    c.stroke(points[far], lumen, -950)
+    near = np.linalg.norm(points - points[0], axis=1) < extent
+    points, radii = points[near], np.maximum(radii[near], least)
+    c.stroke(points, radii + lesion["size"], wall, name, lung=True, strength=strength)
+    c.stroke(points, radii, lumen)
 
 
 def bronchiectasis(c, rng, lesion, name):
     """Wide bronchi that don't taper, with walls, running into the periphery of a lobe."""
     hilum = c.airway[lesion["side"]][0][0]
-    ends = c.body.spots(rng, 9, 9, lesion["lobe"], most=26)
-    lines = [_path((hilum + .3 * (end - hilum), hilum + .6 * (end - hilum) + rng.uniform(-7, 7, 3), end), smooth=9) for end in ends]
-    radii = np.concatenate([np.full(len(line), lesion["size"] / 2 * rng.uniform(.75, 1.1)) * (1 + .2 * np.sin(np.arange(len(line)) / 2.2)) for line in lines])
-    c.stroke(np.concatenate(lines), radii + 1.9, 10, name, lung=True)
-    c.stroke(np.concatenate(lines), radii, -960, lung=True)
+    ways = c.body.spots(rng, 9, 9, lesion["lobe"], most=26) - hilum
+    lines = [_path((hilum + .3 * way, hilum + .6 * way + rng.uniform(-7, 7, 3), hilum + way), smooth=9) for way in ways]
+    radii = [lesion["size"] / 2 * rng.uniform(.75, 1.1) * (1 + .2 * np.sin(np.arange(len(line)) / 2.2)) for line in lines]
+    lines, radii = np.concatenate(lines), np.concatenate(radii)
+    c.stroke(lines, radii + 1.9, 10, name, lung=True)
+    c.stroke(lines, radii, -960, lung=True)
 
 
 def effusion(c, rng, lesion, name):
     """Fluid that has sunk to the back: a crescent, thickest at the base."""
-    where = c.half(lesion["side"])
-    y = c.y[where[1:]] / c.body.b
-    thick = lesion["size"] * np.clip(.45 + .75 * y, 0, 1.1)[None] * np.clip(1.25 - c.z / (.35 + .009 * lesion["size"]) / c.body.top, 0, 1)
-    c.paint(where, c.cover(np.minimum(c.depth[where], -c.cavity[where]) - thick) * c.lung[where] * (thick > 1), rng.uniform(2, 18), name, lung=False)
+    where, size = c.half(lesion["side"]), lesion["size"]
+    back = np.clip(.45 + .75 * (c.y[where[1:]] / c.body.b), 0, 1.1)[None]
+    thick = size * back * np.clip(1.25 - c.z / (.35 + .009 * size) / c.body.top, 0, 1)
+    cover = c.cover(np.minimum(c.depth[where], -c.cavity[where]) - thick) * c.lung[where] * (thick > 1)
+    c.paint(where, cover, rng.uniform(2, 18), name, lung=False)
 
 
 def empyema(c, rng, lesion, name):
     """A lens of thick fluid behind thick pleura, with gas; it does not follow gravity."""
-    angle, sign = math.radians(rng.uniform(70, 145)), -1 if lesion["side"] == "right" else 1
+    angle, size = math.radians(rng.uniform(70, 145)), lesion["size"]
     z = np.float32(c.body.top * rng.uniform(.3, .55))
-    x, y = sign * math.sin(angle), -math.cos(angle)
-    r = float(c.body.radius(np.float32(x), np.float32(y), z))
-    out = np.array((x, y, 0), np.float32)
-    centre = out * (r - .3 * lesion["size"]) + np.array((0, 0, z))
+    out = np.array((SIGN[lesion["side"]] * math.sin(angle), -math.cos(angle), 0), np.float32)
+    centre = out * (float(c.body.radius(out[0], out[1], z)) - .3 * size) + np.array((0, 0, z))
     axes = np.stack((out, (-out[1], out[0], 0), (0, 0, 1))).astype(np.float32)
-    where, distance = c.ellipsoid(centre, (.62 * lesion["size"], .95 * lesion["size"], 1.2 * lesion["size"]), axes, 3)
-    shell = np.maximum(distance, c.cavity[where] + 1)
-    c.paint(where, c.cover(shell) * (c.lung[where] > .02), 65, name, lung=False)
-    inside = c.cover(np.maximum(distance + 5.5, c.cavity[where] + 6))
-    c.paint(where, inside, rng.uniform(22, 34))
-    bubbles = centre + rng.uniform(-1, 1, (9, 3)) * lesion["size"] * (.25, .25, .6) - np.array((0, .25 * lesion["size"], 0))
+    where, distance = c.ellipsoid(centre, (.62 * size, .95 * size, 1.2 * size), axes, 3)
+    c.paint(where, c.cover(np.maximum(distance, c.cavity[where] + 1)) * (c.lung[where] > .02), 65, name, lung=False)
+    c.paint(where, c.cover(np.maximum(distance + 5.5, c.cavity[where] + 6)), rng.uniform(22, 34))
+    bubbles = centre + rng.uniform(-1, 1, (9, 3)) * size * (.25, .25, .6) - np.array((0, .25 * size, 0))
     c.stroke(bubbles, rng.uniform(2, 5, 9), -900)
 
 
 def pneumothorax(c, rng, lesion, name):
     """Air without vessels between chest wall and a fine pleural line; thickest at the front and the apex."""
     where = c.half(lesion["side"])
-    y, r = c.y[where[1:]], np.hypot(c.x[where[1:]], c.y[where[1:]]) + 1
-    thick = lesion["size"] * (np.clip(.45 - .8 * y / r, 0, 1.2)[None] + np.clip(c.z / c.body.top - .72, 0, .3) * 3)
-    lung = c.lung[where].copy()
-    gap = -c.cavity[where] - thick
-    side = c.cover(gap) * lung * (thick > 3)
-    c.hu[where] += (1 - side) * lung * 30
-    c.paint(where, np.clip(1 - np.abs(gap) / c.vox, 0, 1) * lung * (thick > 3) * .6, -150)
-    c.paint(where, c.cover(gap + 1.2) * lung * (thick > 3), -1000, name, lung=False)
+    x, y, lung = c.x[where[1:]], c.y[where[1:]], c.lung[where].copy()
+    front = np.clip(.45 - .8 * y / (np.hypot(x, y) + 1), 0, 1.2)[None]
+    thick = lesion["size"] * (front + np.clip(c.z / c.body.top - .72, 0, .3) * 3)
+    gap, there = -c.cavity[where] - thick, thick > 3
+    c.hu[where] += (1 - c.cover(gap) * lung * there) * lung * 30
+    c.paint(where, np.clip(1 - np.abs(gap) / c.vox, 0, 1) * lung * there * .6, -150)
+    c.paint(where, c.cover(gap + 1.2) * lung * there, -1000, name, lung=False)
 
 
 def pleural_calcification(c, rng, lesion, name):
-    sign = -1 if lesion["side"] == "right" else 1
     for _ in range(rng.integers(2, 5)):
-        angle, z0, size = math.radians(rng.uniform(50, 150)), rng.uniform(.2, .65) * c.body.top, lesion["size"] / 2 * rng.uniform(.6, 1)
-        arc, up = (rng.uniform(-1, 1, (2, 90)) * size)
-        angle, z = angle + arc / 105, (z0 + up).astype(np.float32)
-        x, y = sign * np.sin(angle), -np.cos(angle)
+        angle, z = math.radians(rng.uniform(50, 150)), rng.uniform(.2, .65) * c.body.top
+        arc, up = lesion["size"] / 2 * rng.uniform(.6, 1) * rng.uniform(-1, 1, (2, 90))
+        angle, z = angle + arc / 105, (z + up).astype(np.float32)
+        x, y = SIGN[lesion["side"]] * np.sin(angle), -np.cos(angle)
         r = c.body.radius(x, y, z) - 2
         c.stroke(np.stack((x * r, y * r, z), 1), rng.uniform(1.4, 2.6, 90), rng.uniform(450, 800), name)
 
 
 def lymph_nodes(c, rng, lesion, name):
-    sign = -1 if lesion["side"] == "right" else 1
-    place = {"right paratracheal": (-19, 2, 172), "subcarinal": (0, 21, 136), "aortopulmonary": (31, 2, 156), "right hilar": (-44, 10, 134), "left hilar": (48, 12, 133),
-             "prevascular": (4, -38, 162), "axillary": (sign * 118, -4, 196)}[lesion["what"]]
-    centre = c.body.at(place)[0] + rng.uniform(-3, 3, 3)
+    x, y, z = STATIONS[lesion["what"]]
+    centre = c.body.at((x * SIGN[lesion["side"]] if lesion["what"] == "axillary" else x, y, z))[0] + rng.uniform(-3, 3, 3)
     for k in range(rng.integers(1, 4)):
         r = lesion["size"] / 2 * (1 if k == 0 else rng.uniform(.5, .8))
-        where, distance = c.ellipsoid(centre + (rng.uniform(-1, 1, 3) * 1.2 * r * (1, .6, 1.4) if k else 0), r * rng.uniform(.75, 1, 3) + (0, 0, .15 * r))
+        place = centre + (rng.uniform(-1, 1, 3) * 1.2 * r * (1, .6, 1.4) if k else 0)
+        where, distance = c.ellipsoid(place, r * rng.uniform(.75, 1, 3) + (0, 0, .15 * r))
         c.paint(where, c.cover(distance), rng.uniform(36, 58), name, lung=False)
 
 
@@ -1190,63 +1176,57 @@ def pericardial_effusion(c, rng, lesion, name):
     """Water around the heart outside a layer of epicardial fat, deeper behind and below."""
     where = c.heart_box
     thick = lesion["size"] * np.clip(.75 + .35 * (c.y[where[1:]] + 24) / 50, .4, 1.15)
-    fluid = np.maximum(np.maximum(c.heart - 4 - thick, c.cavity[where] + 2), 3 - c.dome[where])
-    c.paint(where, c.cover(fluid), rng.uniform(4, 16), None, lung=False)
-    c.note(name, where, c.cover(fluid) * (1 - c.cover(c.heart - 4)))
+    fluid = c.cover(np.maximum(np.maximum(c.heart - 4 - thick, c.cavity[where] + 2), 3 - c.dome[where]))
+    c.paint(where, fluid, rng.uniform(4, 16), lung=False)
+    c.note(name, where, fluid * (1 - c.cover(c.heart - 4)))
     c.paint(where, c.cover(c.heart - 4), -85)
     c.paint(where, c.cover(c.heart), c.body.hu["blood"])
 
 
-def _on_heart(c, directions, lift=1.):
+def _on_heart(c, directions, lift):
     centre, radii, axes = c.body.heart()
-    return centre + (directions * radii * lift) @ axes
+    return centre + (directions / np.linalg.norm(directions, axis=1, keepdims=True) * radii * lift) @ axes
 
 
 def pericardial_calcification(c, rng, lesion, name):
     for _ in range(rng.integers(4, 7)):
-        point = rng.standard_normal(3) * (1, 1, 1) + (0, 0, -.5)
+        point = rng.standard_normal(3) + (0, 0, -.5)
         spread = point / np.linalg.norm(point) + rng.standard_normal((110, 3)) * .26
-        points = _on_heart(c, spread / np.linalg.norm(spread, axis=1, keepdims=True), 1.07)
-        c.stroke(points, lesion["size"] * rng.uniform(.3, .55, 110), rng.uniform(500, 900), name)
+        c.stroke(_on_heart(c, spread, 1.07), lesion["size"] * rng.uniform(.3, .55, 110), rng.uniform(500, 900), name)
 
 
 def coronary(c, rng, lesion, name):
+    """Dashes of calcium along an artery's course on the heart."""
+    start, end = np.array({"LAD": ((-.35, -.5, .8), (.75, -.55, .35)), "LCX": ((-.35, -.1, .9), (.1, .9, .45)),
+                           "RCA": ((-.6, -.75, .3), (-.55, .1, -.85))}[lesion["what"]])
     t = np.linspace(0, 1, 40)[:, None]
-    course = {"LAD": ((-.35, -.5, .8), (.75, -.55, .35)), "LCX": ((-.35, -.1, .9), (.1, .9, .45)), "RCA": ((-.6, -.75, .3), (-.55, .1, -.85))}[lesion["what"]]
-    line = np.array(course[0]) * (1 - t) + np.array(course[1]) * t
-    points = _path(_on_heart(c, line / np.linalg.norm(line, axis=1, keepdims=True), 1.03), 1)
-    start = rng.integers(0, max(1, min(18, len(points) - 12)))
-    part = points[start:start + lesion["size"]]
+    points = _path(_on_heart(c, start * (1 - t) + end * t, 1.03), 1)
+    first = rng.integers(0, max(1, min(18, len(points) - 12)))
+    part = points[first:first + lesion["size"]]
     dashes = part[np.sin(np.arange(len(part)) * .5 + rng.uniform(0, 6)) > -.6]
     c.stroke(dashes, rng.uniform(1.7, 2.6), rng.uniform(550, 1000), name)
 
 
-def _plaques(c, rng, n, length, radii, name):
+def aortic_calcification(c, rng, lesion, name, radii=(1.2, 2)):
     """Calcified plaques in the wall of the aortic arch and the descending aorta."""
-    for _ in range(n):
+    for _ in range(lesion["n"]):
         i = rng.integers(int(.22 * len(c.aorta)), int(.9 * len(c.aorta)))
-        run = slice(i, i + max(2, int(length * rng.uniform(.5, 1) / 2)))
-        centre, r = c.aorta[run], c.aorta_radius[run, None]
+        run = slice(i, i + max(2, int(lesion["size"] * rng.uniform(.5, 1) / 2)))
         along = c.aorta[min(i + 1, len(c.aorta) - 1)] - c.aorta[i - 1]
         u, v = np.linalg.svd(along[None] / np.linalg.norm(along))[2][1:]
-        angle = rng.uniform(0, 2 * math.pi)
-        arc = angle + np.linspace(-.3, .3, 5)[:, None, None] * rng.uniform(.5, 1.5)
-        points = (centre + r * (np.cos(arc) * u + np.sin(arc) * v)).reshape(-1, 3)
-        c.stroke(points, rng.uniform(*radii), rng.uniform(500, 1000), name)
-
-
-def arterial_calcification(c, rng, lesion, name):
-    _plaques(c, rng, lesion["n"], lesion["size"], (1.2, 2), name)
+        arc = rng.uniform(0, 2 * math.pi) + np.linspace(-.3, .3, 5)[:, None, None] * rng.uniform(.5, 1.5)
+        points = c.aorta[run] + c.aorta_radius[run, None] * (np.cos(arc) * u + np.sin(arc) * v)
+        c.stroke(points.reshape(-1, 3), rng.uniform(*radii), rng.uniform(500, 1000), name)
 
 
 def atherosclerosis(c, rng, lesion, name):
     """A wide, long aorta with soft plaque inside its wall and coarse calcified plaques on it."""
     index, distance = c.tube(c.aorta, c.aorta_radius)
-    soft = c.aorta_radius - lesion["size"] * (.6 + .4 * np.sin(np.arange(len(c.aorta)) / 4))
     flat = c.hu.reshape(-1)
     flat[index] += c.cover(distance + 1) * (12 - flat[index])
-    c.stroke(c.aorta, soft, c.body.hu["blood"] + 6)
-    _plaques(c, rng, 26, 26, (1.8, 2.8), name)
+    lumen = c.aorta_radius - lesion["size"] * (.6 + .4 * np.sin(np.arange(len(c.aorta)) / 4))
+    c.stroke(c.aorta, lumen, c.body.hu["blood"] + 6)
+    aortic_calcification(c, rng, {"n": 26, "size": 26}, name, (1.8, 2.8))
     if c.masks is not None:
         c.masks[name].reshape(-1)[index[distance < 0]] = True
 
@@ -1258,107 +1238,107 @@ def pneumomediastinum(c, rng, lesion, name):
         guide, off = guides[rng.integers(len(guides))]
         start = rng.integers(0, max(1, len(guide) - 12))
         part, angle = guide[start:start + rng.integers(10, 26)], rng.uniform(0, 6.3) + np.arange(26) * .06
-        ring = np.stack((np.cos(angle), np.sin(angle), 0 * angle), 1)[:len(part)] * (off + rng.uniform(0, 4))
-        outside = part + ring
+        outside = part + np.stack((np.cos(angle), np.sin(angle), 0 * angle), 1)[:len(part)] * (off + rng.uniform(0, 4))
         c.stroke(outside[c.body.depth(outside) < 1], lesion["size"] * rng.uniform(.3, .55), -940, name)
-    front = _on_heart(c, (lambda p: p / np.linalg.norm(p, axis=1, keepdims=True))(rng.standard_normal((60, 3)) * .4 + (0, -1, .6)), 1.06)
+    front = _on_heart(c, rng.standard_normal((60, 3)) * .4 + (0, -1, .6), 1.06)
     c.stroke(front[c.body.depth(front) < 3], lesion["size"] * .45, -920, name)
 
 
 def osteophyte(c, rng, lesion, name):
     """Beaks of bone at the front and side corners of two neighbouring end plates."""
-    level, (_, _, _, pitch, _, _) = c.body.level(int(lesion["what"][1:])), c.spine
-    edge = level - .5 * pitch
-    for sign in ((-1,), (1,), (-1, 1))[("right", "left", "both").index(lesion["side"])]:
+    edge = c.body.level(int(lesion["what"][1:])) - .5 * c.pitch
+    for sign in (-1, 1) if lesion["side"] == "both" else (SIGN[lesion["side"]],):
         for up in (-1, 1):
-            z = edge + up * .16 * pitch
+            z = edge + up * .16 * c.pitch
             base = np.array((sign * 13, c.body.spine(z) - 9, z))
-            tip = base + np.array((sign * .75, -.75, -up * .5)) * lesion["size"] * 1.15
-            c.stroke(_path((base, tip), 1), np.linspace(4.6, 2.2, len(_path((base, tip), 1))), 620 * c.body.bone_age, name, lung=False)
+            beak = _path((base, base + np.array((sign * .75, -.75, -up * .5)) * lesion["size"] * 1.15), 1)
+            c.stroke(beak, np.linspace(4.6, 2.2, len(beak)), 620 * c.body.bone_age, name, lung=False)
 
 
 def spondylosis(c, rng, lesion, name):
     """A narrowed disc between dense end plates."""
-    where, plane, phase, pitch, dx, dy = c.spine
-    level = c.body.level(int(lesion["what"][1:])) - .5 * pitch
-    z = c.z - level
-    band = np.maximum(plane - 2, np.abs(z) - .3 * pitch)
-    c.paint(where, c.cover(band), c.body.hu["cortex"] * 1.1, name)
+    where, plane, dy = c.spine
+    z = c.z - (c.body.level(int(lesion["what"][1:])) - .5 * c.pitch)
+    c.paint(where, c.cover(np.maximum(plane - 2, np.abs(z) - .3 * c.pitch)), c.body.hu["cortex"] * 1.1, name)
     disc = np.maximum(plane, np.abs(z - .08 * dy) - rng.uniform(.8, 1.6))
     c.paint(where, c.cover(disc), rng.choice((70, -300)))
 
 
 def rib_fracture(c, rng, lesion, name):
     """A gap, the far end stepped inwards or outwards, some callus and a haematoma below it."""
-    line, share = c.ribs[lesion["side"], lesion["rib"]]
+    line, _ = c.ribs[lesion["side"], lesion["rib"]]
     i = int(rng.uniform(.3, .6) * len(line))
     out = line[i] * (1, 1, 0) / np.linalg.norm(line[i, :2])
     step = out * lesion["size"] * rng.choice((-1, 1), p=(.6, .4))
-    part = line[i:i + 9]
-    c.stroke(part, 7.5, c.body.hu["muscle"], None)
+    c.stroke(line[i:i + 9], 7.5, c.body.hu["muscle"])
     c.stroke(line[i - 1:i + 3] - out * 5, 7.5, 60, name, lung=False)
-    shifted = part[1:] + step * np.linspace(1, 0, len(part) - 1)[:, None] * 1.1
-    c.stroke(shifted, 4.3, c.bone, name, lung=False, tall=1.35)
+    far = line[i + 1:i + 9] + step * np.linspace(1, 0, 8)[:, None] * 1.1
+    c.stroke(far, 4.3, c.bone, name, lung=False, tall=1.35)
     c.stroke(line[i - 2:i] + step * .3, 5.5, 350, name)
 
 
-def _wall_point(c, side, z, inset):
-    """A point under the skin at the front of the chest."""
-    sign = -1 if side == "right" else 1
+def _under_skin(c, sign):
+    """A point under the skin at the front of the chest, below a clavicle."""
     for r in range(60, 190):
-        point = np.array((sign * .55 * r, -.83 * r, z))
-        i, j, k = np.rint(c.grid(point)).astype(int)
-        if not (0 <= i < c.shape[2] and 0 <= j < c.shape[1]) or c.skin[0, j, i] > -inset:
+        point = np.array((sign * .55 * r, -.83 * r, .83 * c.body.top))
+        i, j, _ = np.rint(c.grid(point)).astype(int)
+        if not (0 <= i < c.shape[2] and 0 <= j < c.shape[1]) or c.skin[0, j, i] > -12:
             break
     return point
 
 
+def _implant(c, sign, vein, name, pacemaker):
+    """A pacemaker with its lead, or a port with its catheter."""
+    can = _under_skin(c, sign)
+    where, distance = c.ellipsoid(can, (23, 8, 20) if pacemaker else (12, 8, 12))
+    c.paint(where, c.cover(distance), 3000 if pacemaker else 1500, name)
+    centre, radii, axes = c.body.heart()
+    end = centre + (np.array(((.0, -.3, -.3), (.6, -.4, -.4))) * radii) @ axes if pacemaker else vein[-1:]
+    c.stroke(_path(np.concatenate(([can], vein, end)), 1, 12), 1.5 if pacemaker else 1.7, 2400 if pacemaker else 1200, name)
+
+
 def device(c, rng, lesion, name):
-    body, what, sign = c.body, lesion["what"], -1 if lesion["side"] == "right" else 1
-    vein = np.concatenate((body.at((sign * 70, -30, 206), (sign * 42, -16, 214)), c.svc[len(c.svc) // 3:]))
+    body, what, sign = c.body, lesion["what"], SIGN[lesion["side"]]
+    angle = np.linspace(0, 2 * math.pi, 40 if "sternotomy" in what else 60)
+    x, y = np.cos(angle), np.sin(angle)
     if "pacemaker" in what or "port" in what:
-        can = _wall_point(c, lesion["side"], .83 * body.top, 12)
-        big = "pacemaker" in what
-        where, distance = c.ellipsoid(can, (23, 8, 20) if big else (12, 8, 12))
-        c.paint(where, c.cover(distance), 3000 if big else 1500, name)
-        end = _on_heart(c, np.array(((.0, -.3, -.3), (.6, -.4, -.4)))) if big else vein[-1:]
-        c.stroke(_path(np.concatenate(([can], vein, end)), 1, 12), 1.5 if big else 1.7, 2400 if big else 1200, name)
+        vein = np.concatenate((body.at((sign * 70, -30, 206), (sign * 42, -16, 214)), c.svc[len(c.svc) // 3:]))
+        _implant(c, sign, vein, name, "pacemaker" in what)
     elif "venous" in what:
         c.stroke(_path(np.concatenate((body.at((-42, -12, 250), (-40, -16, 214)), c.svc[8:])), 1, 8), 1.7, 1500, name)
     elif "sternotomy" in what:
-        for height in np.linspace(.45, .86, rng.integers(5, 7)):
-            angle = np.linspace(0, 2 * math.pi, 40)
-            front = -body.radius(np.float32(0), np.float32(-1), np.float32(height * body.top)) - 7
-            c.stroke(np.stack((15 * np.cos(angle), front + 8 * np.sin(angle), height * body.top + 3 * np.sin(angle)), 1), 1.2, 2600, name)
+        for z in np.linspace(.45, .86, rng.integers(5, 7)) * body.top:
+            front = -body.radius(np.float32(0), np.float32(-1), np.float32(z)) - 7
+            c.stroke(np.stack((15 * x, front + 8 * y, z + 3 * y), 1), 1.2, 2600, name)
     elif "endotracheal" in what:
         tube = c.trachea[c.trachea[:, 2] > .8 * body.top]
-        c.stroke(tube, 6, 350, name)
-        c.stroke(tube, 4, -940)
-        c.stroke(tube + (5, 0, 0), 1, 1800, name)
+        for line, radius, hu, mark in ((tube, 6, 350, name), (tube, 4, -940, None), (tube + (5, 0, 0), 1, 1800, name)):
+            c.stroke(line, radius, hu, mark)
     elif "valve" in what:
-        angle = np.linspace(0, 2 * math.pi, 60)
-        ring = c.aorta[3] + np.stack((13 * np.cos(angle), 5 * np.sin(angle), 13 * np.sin(angle)), 1)
-        c.stroke(ring, 2.2, 2800, name)
+        c.stroke(c.aorta[3] + np.stack((13 * x, 5 * y, 13 * y), 1), 2.2, 2800, name)
     elif "chest tube" in what:
-        low = np.array((sign * (body.a + 22), 10, .38 * body.top))
-        high = np.array((sign * .45 * body.a, .5 * body.b, .8 * body.top))
-        line = _path((low, (sign * (body.a - 4), 25, .45 * body.top), (sign * .8 * body.a, .55 * body.b, .6 * body.top), high), 1.5, 30)
-        c.stroke(line, 5, 500, name)
-        c.stroke(line, 2.8, -950)
-        c.stroke(line + (0, 4, 0), .9, 2000, name)
+        tube = _path(((sign * (body.a + 22), 10, .38 * body.top), (sign * (body.a - 4), 25, .45 * body.top),
+                      (sign * .8 * body.a, .55 * body.b, .6 * body.top), (sign * .45 * body.a, .5 * body.b, .8 * body.top)), 1.5, 30)
+        for line, radius, hu, mark in ((tube, 5, 500, name), (tube, 2.8, -950, None), (tube + (0, 4, 0), .9, 2000, name)):
+            c.stroke(line, radius, hu, mark)
     else:
         c.stroke(np.concatenate((c.esophagus, _path(body.at((28, 5, 36), (48, -10, 22)), 2))), 2.2, 900, name)
 
 
 DRAW = {  # in the order in which they are drawn: diffuse, focal, pleural, mediastinal, bony, foreign
     "Mosaic attenuation pattern": mosaic, "Emphysema": emphysema, "Interlobular septal thickening": septal, "Pulmonary fibrosis": fibrosis,
-    "Lung opacity": opacity, "Peribronchial thickening": peribronchial, "Bronchial thickening": bronchial, "Bronchiectasis": bronchiectasis,
-    "Lung cyst": cyst, "Pulmonary fibrotic sequela": sequela, "Pneumonia": pneumonia, "Consolidation": consolidation, "Atelectasis": atelectasis,
-    "Tuberculosis": tuberculosis, "Lung nodule": nodule, "Lung mass": mass, "Pleural effusion": effusion, "Pneumothorax": pneumothorax,
-    "Empyema": empyema, "Pleural calcification": pleural_calcification, "Cardiomegaly": enlarged_heart, "Pericardial effusion": pericardial_effusion,
-    "Hiatal hernia": hernia, "Lymphadenopathy": lymph_nodes, "Atherosclerosis": atherosclerosis, "Arterial wall calcification": arterial_calcification,
-    "Coronary artery wall calcification": coronary, "Pericardial calcification": pericardial_calcification, "Pneumomediastinum": pneumomediastinum,
-    "Osteophyte": osteophyte, "Spondylosis": spondylosis, "Rib fracture": rib_fracture, "Medical material": device}
+    "Lung opacity": opacity, "Peribronchial thickening": airway_walls, "Bronchial thickening": airway_walls, "Bronchiectasis": bronchiectasis,
+    "Lung cyst": cyst, "Pulmonary fibrotic sequela": sequela, "Pneumonia": pneumonia, "Consolidation": consolidation,
+    "Atelectasis": atelectasis, "Tuberculosis": tuberculosis, "Lung nodule": nodule, "Lung mass": mass, "Pleural effusion": effusion,
+    "Pneumothorax": pneumothorax, "Empyema": empyema, "Pleural calcification": pleural_calcification, "Cardiomegaly": enlarged_heart,
+    "Pericardial effusion": pericardial_effusion, "Hiatal hernia": hernia, "Lymphadenopathy": lymph_nodes, "Atherosclerosis": atherosclerosis,
+    "Arterial wall calcification": aortic_calcification, "Coronary artery wall calcification": coronary,
+    "Pericardial calcification": pericardial_calcification, "Pneumomediastinum": pneumomediastinum, "Osteophyte": osteophyte,
+    "Spondylosis": spondylosis, "Rib fracture": rib_fracture, "Medical material": device}
+
+
+def _body(seed, split, index, found):
+    return Anatomy(random.Random(f"anatomy {seed} {split} {_patient(seed, split, index)[0]}"), found)
 
 
 def reconstructions(seed, split, index):
@@ -1368,16 +1348,13 @@ def reconstructions(seed, split, index):
     width = 2 * (body.a + 1.35 * body.wall + 1.15 * body.fat) + rng.uniform(8, 34)
     pixels = min(128, max(112, round(width / rng.uniform(2.6, 3.1))))
     xy = round(min(3.2, max(2.6, width / pixels)), 3)
-    codes = rng.choice(("LPS", "LPS", "LPS", "RAS", "LAS", "RPS", "LPI"))
-    thickness = rng.sample((1., 1.5, 2., 2.5, 3.), 5, counts=None)
+    axes = rng.choice(("LPS", "LPS", "LPS", "RAS", "LAS", "RPS", "LPI"))
+    others = rng.sample((1., 1.5, 2., 2.5, 3.), 5)
     first = rng.choices((1., 1.5, 2., 2.5, 3.), (3, 7, 28, 32, 30))[0]
-    thickness = [first] + [t for t in thickness if t != first and t >= 1.5]
-    return [{"pixels": pixels, "xy": xy, "dz": thickness[i], "noise": rng.uniform(8, 24), "kernel": rng.choice(("soft", "sharp")), "axes": codes,
-             "intercept": rng.choice((-1024, -1024, -8192)), "roll": rng.randrange(1_000_000)} for i in range(rng.choices((1, 2, 3), (85, 12, 3))[0])]
-
-
-def _body(seed, split, index, found):
-    return Anatomy(random.Random(f"anatomy {seed} {split} {_patient(seed, split, index)[0]}"), found)
+    thickness = [first] + [t for t in others if t != first and t >= 1.5]
+    return [{"pixels": pixels, "xy": xy, "dz": thickness[i], "noise": rng.uniform(8, 24), "kernel": rng.choice(("soft", "sharp")),
+             "axes": axes, "intercept": rng.choice((-1024, -1024, -8192)), "roll": rng.randrange(1_000_000)}
+            for i in range(rng.choices((1, 2, 3), (85, 12, 3))[0])]
 
 
 def draw(seed, split, index, reconstruction=0, found=None, masks=True):
@@ -1391,20 +1368,20 @@ def draw(seed, split, index, reconstruction=0, found=None, masks=True):
     body = _body(seed, split, index, found)
     c = Canvas(body, how["pixels"], how["xy"], how["dz"], masks)
     c.patient()
-    for name in DRAW:
+    for name, function in DRAW.items():
         for lesion in found.get(name, ()):
-            DRAW[name](c, np.random.default_rng([int(p * 2**32) for p in lesion["place"]]), lesion, name)
+            function(c, np.random.default_rng([int(p * 2**32) for p in lesion["place"]]), lesion, name)
     volume, noise = c.hu, shared()["noise"]
-    start = how["roll"]
     for shift, weight in ((0, 1),) if how["kernel"] == "sharp" else ((0, .65), (1, .53), (how["pixels"], .53)):
-        volume += (how["noise"] * weight) * noise[start + shift:start + shift + volume.size].reshape(volume.shape)
+        start = how["roll"] + shift
+        volume += (how["noise"] * weight) * noise[start:start + volume.size].reshape(volume.shape)
     volume = np.rint(np.clip(volume, -1024, 3071, out=volume), out=volume).astype(np.int16)
-    flips = tuple(slice(None, None, 1 if code in "LPS" else -1) for code in how["axes"])
-    spacing, origin = np.array(c.spacing), np.array(c.origin) + body.offset
-    direction = np.array([1 if code in "LPS" else -1 for code in how["axes"]])
-    corner = np.where(direction > 0, origin, origin + spacing * (np.array(volume.shape[::-1]) - 1))
-    affine = np.diag((*(np.array((-1, -1, 1)) * direction * spacing), 1.))  # LPS -> RAS
-    affine[:3, 3] = np.array((-1, -1, 1)) * corner
+    forward = np.array([code in "LPS" for code in how["axes"]])
+    flips = tuple(slice(None, None, 1 if code else -1) for code in forward)
+    corner = c.origin + body.offset + np.where(forward, 0, c.spacing * (np.array(volume.shape[::-1]) - 1))
+    to_ras = np.array((-1, -1, 1))
+    affine = np.diag((*(to_ras * np.where(forward, 1, -1) * c.spacing), 1.))
+    affine[:3, 3] = to_ras * corner
     return volume.T[flips], affine, c.spacing, found, {name: mask.T[flips] for name, mask in (c.masks or {}).items()}
 
 
