@@ -61,7 +61,8 @@ CAUSES = {  # latent, shared by abnormalities (a Gaussian copula: prevalences st
     "tumour": {"Lung mass": .5, "Lymphadenopathy": .3, "Lung nodule": .2}}
 ACUTE = {"Pericardial effusion", "Lymphadenopathy", "Atelectasis", "Lung opacity", "Pleural effusion", "Consolidation", "Pneumonia",
          "Interlobular septal thickening", "Pneumothorax", "Empyema", "Pneumomediastinum"}
-SIDES = ("right", "left")
+SIGN = {"right": -1, "left": 1}  # of x
+SIDES = tuple(SIGN)
 LOBES = ("right upper lobe", "right middle lobe", "right lower lobe", "left upper lobe", "left lower lobe")
 LOWER, UPPER = (LOBES[2], LOBES[4]), (LOBES[0], LOBES[3])
 DEVICES = ("a cardiac pacemaker with its leads", "a central venous catheter", "sternotomy wires", "an endotracheal tube",
@@ -459,13 +460,13 @@ def _periodic_cells(size, cell, seed):
     n = size // cell
     seeds = np.random.default_rng(seed).uniform(.15, .85, (n, n, n, 3)).astype(np.float32)
     at = np.indices((size,) * 3, dtype=np.float32) / cell
-    home, nearest = np.floor(at).astype(int), np.full((2,) + (size,) * 3, 9, np.float32)
+    home, (first, second) = np.floor(at).astype(int), np.full((2,) + (size,) * 3, 9, np.float32)  # distances to the two nearest seeds
     for step in np.ndindex(3, 3, 3):
         near = home + (np.array(step) - 1)[:, None, None, None]
         distance = np.sqrt(sum((near[i] + seeds[..., i][tuple(near % n)] - at[i])**2 for i in range(3)))
-        nearest[1] = np.minimum(nearest[1], np.maximum(nearest[0], distance))
-        nearest[0] = np.minimum(nearest[0], distance)
-    return np.clip(1.3 - (nearest[1] - nearest[0]) * cell, 0, 1)
+        second[:] = np.minimum(second, np.maximum(first, distance))
+        first[:] = np.minimum(first, distance)
+    return np.clip(1.3 - (second - first) * cell, 0, 1)
 
 
 def _path(points, step=1.5, smooth=0):
@@ -481,16 +482,15 @@ def _path(points, step=1.5, smooth=0):
     return out.astype(np.float32)
 
 
-def _grow(root, leaves, radius, exponent=2.7):
-    """A tree of tubes from a root (3,) to its leaves (N, 3): split the leaves in two, run to between them, go on -> points (M, 4: x, y, z, r)."""
+def _grow(root, leaves, radius, exponent):
+    """A tree of tubes from a root (3,) to its leaves (N, 3): split these in two, run to between them, go on -> (M, 4: x, y, z, r)."""
     total, pieces, todo = len(leaves), [], [(np.asarray(root, np.float32), leaves, radius)]
     while todo:
         start, group, r0 = todo.pop()
         centre = group.mean(0)
         end = start + (.5 if len(group) > 1 else 1) * (centre - start)
         r1 = radius * (len(group) / total)**(1 / exponent)
-        n = max(2, int(np.linalg.norm(end - start) / 2))
-        t = np.linspace(0, 1, n, dtype=np.float32)[:, None]
+        t = np.linspace(0, 1, max(2, int(np.linalg.norm(end - start) / 2)), dtype=np.float32)[:, None]
         bend = np.sin(math.pi * t) * np.cross(end - start, (.1, .2, .1)) * .4
         pieces.append(np.concatenate((start + t * (end - start) + bend, r0 + t * (r1 - r0)), 1))
         if len(group) > 1:
@@ -509,7 +509,7 @@ class Anatomy:
         size = u(.93, 1.05) - .05 * self.female
         self.a, self.b, self.top = 122 * size * u(.95, 1.04), 86 * size * u(.92, 1.07), 226 * size * u(.95, 1.05)
         self.scale = np.array((self.a / 122, self.b / 86, self.top / 226), np.float32)  # of the anatomy below, written for a mean patient
-        self.boxy, self.roll, self.sway = u(2.1, 2.7), math.radians(rng.gauss(0, 3)), u(-6, 6)
+        self.boxy, self.roll, _ = u(2.1, 2.7), math.radians(rng.gauss(0, 3)), u(-6, 6)  # (an unused draw: the bytes of a seed depend on it)
         self.wall, self.fat, self.breast = u(13, 18), u(4, 20), self.female * u(.6, 1.1)
         self.lobed = [u(-.06, .06) for _ in range(4)]
         self.dome = {"right": u(48, 66), "left": u(40, 58)}
@@ -517,16 +517,16 @@ class Anatomy:
         self.heart_scale = u(.96, 1.06) * cardiomegaly[0]["scale"] if cardiomegaly else u(.84, 1.06)
         self.aorta_scale = u(.88, 1.08) * (aorta[0]["scale"] if aorta else 1)
         self.kyphosis, self.bone_age = u(2, 14), u(.7, 1.15)
-        self.hu = {"muscle": u(45, 62), "fat": u(-112, -92), "blood": u(34, 48), "lung": u(-875, -815), "liver": u(45, 64), "bone": u(120, 230) * self.bone_age,
-                   "cortex": u(520, 760) * self.bone_age, "gradient": u(.15, .5)}
-        self.table, self.twist = (u(8, 22), u(-260, -60), rng.random() < .9), [u(-5, 5) for _ in range(12)]
+        self.hu = {"muscle": u(45, 62), "fat": u(-112, -92), "blood": u(34, 48), "lung": u(-875, -815), "liver": u(45, 64),
+                   "bone": u(120, 230) * self.bone_age, "cortex": u(520, 760) * self.bone_age, "gradient": u(.15, .5)}
+        self.table = u(8, 22), u(-260, -60), rng.random() < .9
+        self.twist = np.array([u(-5, 5) for _ in range(12)], np.float32).reshape(3, 4)
         self.offset = np.array((u(-30, 30), u(-180, -120), u(-900, 200)), np.float32)  # of the scanner's coordinates
 
     def radius(self, x, y, z):
         """Distance of the chest cavity's inner wall from the body's axis, in the direction of (x, y), at height z."""
-        r = np.hypot(x, y) + 1e-3
+        r, height = np.hypot(x, y) + 1e-3, z / self.top
         outline = ((np.abs(x) / r / self.a)**self.boxy + (np.abs(y) / r / self.b)**self.boxy)**(-1 / self.boxy)
-        height = z / self.top
         width = np.interp(height, (-.4, 0, .3, .5, .68, .82, .93, .99, 1.03), (.95, 1, 1, .96, .86, .7, .46, .24, -.3)).astype(np.float32)
         back = np.interp(height, (.55, .8, .95), (0, 9, 14)).astype(np.float32)  # the apices lie towards the back
         return width * outline + back * (y / r)
@@ -545,6 +545,10 @@ class Anatomy:
     def spine(self, z):
         return .63 * self.b + self.kyphosis * (1 - ((z - 120) / 130)**2) - 4
 
+    def level(self, number):
+        """Height of thoracic vertebra `number`."""
+        return self.top * (1.045 - .0965 * (number - 1))
+
     def heart(self):
         """Centre, radii and axes (rows) of the heart's ellipsoid."""
         axes = np.array(((.78, -.5, -.37), (.55, .83, .05), (.28, -.24, .93)), np.float32)
@@ -555,27 +559,26 @@ class Anatomy:
         x, y, z = np.asarray(points, np.float32).T
         centre, radii, axes = self.heart()
         heart = np.sqrt(((((points - centre) @ axes.T) / radii)**2).sum(-1)) - 1
-        return np.minimum.reduce((self.radius(x, y, z) - np.hypot(x, y), np.abs(x) - self.mediastinum(y, z), .8 * (z - self.diaphragm(x, y)), heart * radii.min()))
-
-    def hilum(self, point):
-        return self.at((math.copysign(36, point[0]), 9, 131))[0]
+        walls = self.radius(x, y, z) - np.hypot(x, y), np.abs(x) - self.mediastinum(y, z), .8 * (z - self.diaphragm(x, y))
+        return np.minimum.reduce((*walls, heart * radii.min()))
 
     def lobe(self, points):
         x, y, z = (np.asarray(points) / self.scale).T
-        lower = z < 105 + 62 * y / 86
-        return np.where(x < 0, np.where(lower, LOBES[2], np.where(z < 116, LOBES[1], LOBES[0])), np.where(lower, LOBES[4], LOBES[3]))
+        right = np.where(z < 105 + 62 * y / 86, LOBES[2], np.where(z < 116, LOBES[1], LOBES[0]))
+        return np.where(x < 0, right, np.where(z < 105 + 62 * y / 86, LOBES[4], LOBES[3]))
 
     def at(self, *points):
         """Points written for the mean patient -> this patient's, (N, 3)."""
         return np.array(points, np.float32) * self.scale
 
+    def hilum(self, point):
+        return self.at((math.copysign(36, point[0]), 9, 131))[0]
+
     def spots(self, rng, n, margin, lobe=None, side=None, most=1e9):
         """n points in a lung (a lobe or a side of it), at least `margin` mm deep where the lobe has such, and at most `most`."""
         points = rng.uniform((-self.a, -self.b, 0), (self.a, self.b, self.top), (1500 + 8 * n, 3)).astype(np.float32)
         depth = self.depth(points)
-        inside = depth > 1
-        if lobe or side:
-            inside &= self.lobe(points) == lobe if lobe else (points[:, 0] < 0) == (side == "right")
+        inside = (depth > 1) & (self.lobe(points) == lobe if lobe else (points[:, 0] < 0) == (side == "right"))
         points, depth = points[inside], depth[inside]
         good = np.flatnonzero((depth >= margin) & (depth <= most))
         order = np.concatenate((good, np.setdiff1d(np.argsort(-np.minimum(depth, most)), good, assume_unique=True)))
@@ -583,27 +586,20 @@ class Anatomy:
 
     def aorta(self):
         s = 1 if self.aorta_scale < 1.12 else 1.12  # an atherosclerotic aorta is elongated too
-        return self.at((4, -16, 96), (-10, -20, 125), (-12, -20, 148), (-4, -14, 168 * s), (12, 4, 174 * s), (24, 24, 168 * s), (27 * s, 36, 150), (26 * s, 40, 120),
-                       (22 * s, 43, 85), (17, 44, 45), (10, 44, -40))
+        return self.at((4, -16, 96), (-10, -20, 125), (-12, -20, 148), (-4, -14, 168 * s), (12, 4, 174 * s), (24, 24, 168 * s),
+                       (27 * s, 36, 150), (26 * s, 40, 120), (22 * s, 43, 85), (17, 44, 45), (10, 44, -40))
 
     def ribs(self):
         """(side, number) -> centre line (N, 3) from spine to cartilage, and the share of it that is bone."""
-        out = {}
-        for sign, side in ((-1, "right"), (1, "left")):
-            for number in range(1, 12):
-                start = self.level(number) + 4
-                t = np.linspace(0, 1, 80, dtype=np.float32)
-                end = math.radians((26 if number < 8 else 26 + 18 * (number - 7)))
-                angle = math.radians(164) + t * (end - math.radians(164))
-                x, y = sign * np.sin(angle), -np.cos(angle)
-                z = start - (min(24 + 14 * number, 64 + 3 * number) * np.minimum(t / .8, 1)**1.15 - 55 * np.clip(t - .82, 0, 1)) * self.scale[2]
-                r = np.maximum(self.radius(x, y, z), .3 * self.a) + 4.5
-                out[side, number] = np.stack((x * r, y * r, z), 1), .97 if number > 7 else .8
+        out, t, back = {}, np.linspace(0, 1, 80, dtype=np.float32), math.radians(164)
+        for side, number in ((side, number) for side in SIDES for number in range(1, 12)):
+            angle = back + t * (math.radians(26 if number < 8 else 26 + 18 * (number - 7)) - back)
+            x, y = SIGN[side] * np.sin(angle), -np.cos(angle)
+            drop = min(24 + 14 * number, 64 + 3 * number) * np.minimum(t / .8, 1)**1.15 - 55 * np.clip(t - .82, 0, 1)
+            z = self.level(number) + 4 - drop * self.scale[2]
+            r = np.maximum(self.radius(x, y, z), .3 * self.a) + 4.5
+            out[side, number] = np.stack((x * r, y * r, z), 1), .97 if number > 7 else .8
         return out
-
-    def level(self, number):
-        """Height of thoracic vertebra `number`."""
-        return self.top * (1.045 - .0965 * (number - 1))
 
 
 _shared = {}
@@ -614,14 +610,13 @@ def shared():
     if not _shared:
         _shared.update(fine=_periodic_noise(64, 2, 1), coarse=_periodic_noise(64, 5, 2), cells=_periodic_cells(63, 7, 3),
                        noise=np.random.default_rng(4).standard_normal(6_000_000, dtype=np.float32))
-        mean = Anatomy(random.Random("mean"), {})
-        mean.scale = np.ones(3, np.float32)
-        mean.a, mean.b, mean.top, mean.boxy, mean.dome, mean.heart_scale = 122, 86, 226, 2.4, {"right": 57, "left": 49}, .95
-        rng = np.random.default_rng(5)
-        for side, sign in (("right", -1), ("left", 1)):
-            leaves = {n: mean.spots(rng, n, 5, side=side) for n in (360, 240, 44)}
-            _shared[side] = {"artery": _grow((sign * 36, 8, 136), leaves[360], 6.6, 3.6), "vein": _grow((sign * 26, 14, 112), leaves[240], 5.6, 3.6),
-                             "airway": _grow((sign * 34, 9, 131), leaves[44], 4.4, 2.5)}
+        mean, rng = Anatomy(random.Random("mean"), {}), np.random.default_rng(5)
+        mean.scale, mean.boxy, mean.dome, mean.heart_scale = np.ones(3, np.float32), 2.4, {"right": 57, "left": 49}, .95
+        mean.a, mean.b, mean.top = 122, 86, 226
+        for side, sign in SIGN.items():
+            artery, vein, airway = (mean.spots(rng, n, 5, side=side) for n in (360, 240, 44))
+            _shared[side] = {"artery": _grow((sign * 36, 8, 136), artery, 6.6, 3.6), "vein": _grow((sign * 26, 14, 112), vein, 5.6, 3.6),
+                             "airway": _grow((sign * 34, 9, 131), airway, 4.4, 2.5)}
     return _shared
 
 
@@ -630,15 +625,20 @@ class Canvas:
 
     def __init__(self, body, pixels, xy, dz, keep_masks):
         self.body, self.spacing, self.masks = body, (xy, xy, dz), {} if keep_masks else None
-        nz = int(1.22 * body.top / dz)
-        self.shape = (nz, pixels, pixels)
-        self.origin = self.corner(body, pixels, xy)
-        self.vox = float((xy * xy * dz)**(1 / 3))
-        gx, gy = self.origin[0] + xy * np.arange(pixels, dtype=np.float32), self.origin[1] + xy * np.arange(pixels, dtype=np.float32)[:, None]
+        self.shape = (int(1.22 * body.top / dz), pixels, pixels)
+        self.origin, self.vox = self.corner(body, pixels, xy), float((xy * xy * dz)**(1 / 3))
+        steps = xy * np.arange(pixels, dtype=np.float32)
+        gx, gy = self.origin[0] + steps, self.origin[1] + steps[:, None]
         self.cos, self.sin = math.cos(body.roll), math.sin(body.roll)
         self.x, self.y = self.cos * gx + self.sin * gy, self.cos * gy - self.sin * gx  # patient's coordinates of each in-plane pixel
-        self.z = (self.origin[2] + dz * np.arange(nz, dtype=np.float32))[:, None, None]
-        self.scratch = np.full(nz * pixels * pixels, 1e3, np.float32)
+        self.z = (self.origin[2] + dz * np.arange(self.shape[0], dtype=np.float32))[:, None, None]
+        self.scratch = np.full(math.prod(self.shape), 1e3, np.float32)
+        self.trunk()
+        self.organs()
+        self.skeleton()
+        self.vertebrae()
+        self.vessels()
+        self.airways()
 
     @staticmethod
     def corner(body, pixels, xy):
@@ -648,13 +648,15 @@ class Canvas:
     def grid(self, points):
         """Patient's points (..., 3) -> fractional (x, y, z) indices."""
         x, y, z = np.moveaxis(np.asarray(points, np.float32), -1, 0)
-        return (np.stack((self.cos * x - self.sin * y, self.sin * x + self.cos * y, z), -1) - self.origin) / np.array(self.spacing, np.float32)
+        turned = np.stack((self.cos * x - self.sin * y, self.sin * x + self.cos * y, z), -1)
+        return (turned - self.origin) / np.array(self.spacing, np.float32)
 
     def box(self, centre, reach):
         """Slices around a point and the patient's coordinates in it, relative to the point: (dx (Y, X), dy (Y, X), dz (Z, 1, 1))."""
-        at, half = self.grid(centre), np.broadcast_to(np.asarray(reach, np.float32), 3) + self.vox
-        half = np.array((max(half[0], half[1]),) * 2 + (half[2],)) / self.spacing if half[0] != half[1] else half / self.spacing
-        where = tuple(slice(max(0, min(n, math.ceil(at[i] - half[i]))), max(0, min(n, math.floor(at[i] + half[i]) + 1))) for i, n in zip((2, 1, 0), self.shape))
+        at, (x, y, z) = self.grid(centre), np.broadcast_to(np.asarray(reach, np.float32), 3) + self.vox
+        half = np.array((max(x, y), max(x, y), z)) / self.spacing if x != y else np.array((x, y, z)) / self.spacing
+        first, last = np.ceil(at - half).astype(int), np.floor(at + half).astype(int) + 1
+        where = tuple(slice(max(0, min(n, first[i])), max(0, min(n, last[i]))) for i, n in zip((2, 1, 0), self.shape))
         return where, (self.x[where[1:]] - centre[0], self.y[where[1:]] - centre[1], self.z[where[0]] - centre[2])
 
     def ellipsoid(self, centre, radii, axes=None, reach=0):
@@ -670,18 +672,23 @@ class Canvas:
         slope = np.sqrt(squares[0] / radii[0]**2 + squares[1] / radii[1]**2 + squares[2] / radii[2]**2)
         return where, k * (k - 1) / (slope + 1e-6)
 
+    def half(self, side):
+        """The box of one side of the chest."""
+        middle = int(self.grid((0, 0, 0))[0]) + 1
+        return slice(None), slice(None), slice(0, middle) if side == "right" else slice(middle, None)
+
     def texture(self, where, tile, mm, shift=0):
         """A periodic tile of `shared()`, mm per its voxel, over a box; fixed to the patient, not to the grid."""
-        tile = shared()[tile]
-        index = [np.round((self.origin[2 - i] + self.spacing[2 - i] * np.arange(s.start, s.stop)) / mm + shift * (i + 1)).astype(int) % tile.shape[i]
-                 for i, s in enumerate(slice(*s.indices(n)) for s, n in zip(where, self.shape))]
+        tile, at = shared()[tile], [np.arange(n)[s] for s, n in zip(where, self.shape)]
+        at = [(self.origin[2 - i] + self.spacing[2 - i] * at[i]) / mm + shift * (i + 1) for i in range(3)]
+        index = [np.round(at[i]).astype(int) % tile.shape[i] for i in range(3)]
         return tile[np.ix_(*index)]
 
     def cover(self, distance, edge=0):
         return np.clip(.5 - distance / (self.vox + edge), 0, 1)
 
     def paint(self, where, cover, hu, name=None, lung=None):
-        """Blend a box towards hu; lung=True confines it to lung, lung=False takes it from the lung, None leaves the lung's coverage alone."""
+        """Blend a box towards hu; lung=True confines it to lung, False takes it from the lung, None leaves the lung's coverage alone."""
         if lung:
             cover = cover * self.lung[where]
         elif lung is False:
@@ -694,31 +701,27 @@ class Canvas:
             self.masks.setdefault(name, np.zeros(self.shape, bool))[where] |= cover > level
 
     def tube(self, points, radii, tall=1.):
-        """Flat indices of the voxels near a chain of spheres (duplicates possible) and their signed distance to it; thin ones count in part.
-
-        tall > 1 stretches the spheres along z.
-        """
+        """Flat indices of the voxels near a chain of spheres, stretched along z where tall > 1 (duplicates possible); signed distances."""
         radii = np.broadcast_to(np.asarray(radii, np.float32), len(points))
         radii = np.minimum(radii, 2 * radii - self.vox / 2)  # thinner than a voxel: coverage 2 r / voxel at the centre
         at, spacing = self.grid(points), np.array(self.spacing, np.float32) / (1, 1, tall)
         reach, limit = radii + self.vox / 2, np.array(self.shape[::-1])
         keep = ((at > -2) & (at < limit + 1)).all(1) & (reach > 0)
         at, radii, reach = at[keep], radii[keep], reach[keep]
-        size, indices, distances = (reach / self.vox + .5).astype(int), [], []
-        for n in np.unique(size):
+        size, indices, distances = (reach / self.vox + .5).astype(int), [np.zeros(0, int)], [np.zeros(0, np.float32)]
+        for n in np.unique(size):  # spheres of like size together
             some = size == n
             steps = [np.arange(-k, k + 1) for k in (reach[some].max() / spacing + .5).astype(int)]
-            base = np.rint(at[some]).astype(int)
-            index = [base[:, i, None] + steps[i] for i in range(3)]
-            square = [((index[i] - at[some][:, i, None]).astype(np.float32) * np.float32(spacing[i]))**2 for i in range(3)]
-            index = [np.clip(index[i], 0, limit[i] - 1) for i in range(3)]
-            distance = np.sqrt(square[2][:, :, None, None] + square[1][:, None, :, None] + square[0][:, None, None, :]) - radii[some][:, None, None, None]
-            flat = (index[2] * (self.shape[1] * self.shape[2]))[:, :, None, None] + (index[1] * self.shape[2])[:, None, :, None] + index[0][:, None, None, :]
+            index = [np.rint(at[some, i, None]).astype(int) + steps[i] for i in range(3)]
+            x, y, z = (((index[i] - at[some, i, None]).astype(np.float32) * np.float32(spacing[i]))**2 for i in range(3))
+            distance = np.sqrt(z[:, :, None, None] + y[:, None, :, None] + x[:, None, None, :]) - radii[some, None, None, None]
+            x, y, z = (np.clip(index[i], 0, limit[i] - 1) for i in range(3))
+            flat = (z * (self.shape[1] * self.shape[2]))[:, :, None, None] + (y * self.shape[2])[:, None, :, None] + x[:, None, None, :]
             near = distance < self.vox / 2
             indices.append(flat[near])
             distances.append(distance[near])
-        index = np.concatenate(indices) if indices else np.zeros(0, int)
-        np.minimum.at(self.scratch, index, np.concatenate(distances) if distances else np.zeros(0, np.float32))
+        index = np.concatenate(indices)
+        np.minimum.at(self.scratch, index, np.concatenate(distances))
         distance = self.scratch[index]
         self.scratch[index] = 1e3
         return index, distance
@@ -731,40 +734,27 @@ class Canvas:
             cover = cover * lungs[index]
         elif lung is False:
             lungs[index] = lungs[index] * (1 - cover)
-        before = flat[index]
-        flat[index] = before + cover * ((hu(distance) if callable(hu) else hu) - before)
+        flat[index] += cover * ((hu(distance) if callable(hu) else hu) - flat[index])
         if name and self.masks is not None:
             self.masks.setdefault(name, np.zeros(self.shape, bool)).reshape(-1)[index[cover > .4]] = True
 
-    def half(self, side):
-        """The box of one side of the chest."""
-        middle = int(self.grid((0, 0, 0))[0]) + 1
-        return slice(None), slice(None), slice(0, middle) if side == "right" else slice(middle, None)
-
     # The normal patient --------------------------------------------------------------------------
-    def patient(self):
-        self.trunk()
-        self.organs()
-        self.skeleton()
-        self.vessels()
-
     def trunk(self):
         """Skin, fat, muscle, lungs and mediastinal fat; in slabs whose temporaries stay small."""
         self.hu, self.lung, self.depth, self.cavity, self.dome, self.skin = np.empty((6,) + self.shape, np.float32)
         body, fat = self.body, self.body.hu["fat"]
-        centre, radii, axes = body.heart()
-        self.heart_box, self.heart = self.ellipsoid(centre, radii, axes, 30)
+        self.heart_box, self.heart = self.ellipsoid(*body.heart(), 30)
         self.depth.fill(1e3)
         self.depth[self.heart_box] = self.heart - 2
         for start in range(0, self.shape[0], 32):
             self._slab(slice(start, start + 32))
         for sign in (-1, 1):  # axillary fat, breasts
-            self.paint(*self._covered((sign * .98 * body.a, 0, .84 * body.top), (22, 30, 34), 4), fat + 8)
+            self.paint(*self._ball((sign * .98 * body.a, 0, .84 * body.top), (22, 30, 34), 4), fat + 8)
             if body.breast:
                 front = np.array((sign * 68 * body.scale[0], .04 * body.b - body.b - body.wall - .4 * body.fat, .42 * body.top))
-                where, cover = self._covered(front, np.array((66, 27, 58)) * body.breast, 2)
+                where, cover = self._ball(front, np.array((66, 27, 58)) * body.breast, 2)
                 self.paint(where, cover * (self.skin[where] > -6), fat)
-                where, cover = self._covered(front - (0, 8, 0), np.array((34, 15, 30)) * body.breast, 8)
+                where, cover = self._ball(front - (0, 8, 0), np.array((34, 15, 30)) * body.breast, 8)
                 self.paint(where, cover * .8 * (self.skin[where] > -6) * (self.texture(where, "fine", 3) > -.2), 20)
 
     def _slab(self, k):
@@ -776,14 +766,13 @@ class Canvas:
         upper = np.interp(z / body.top, (.45, .75, 1, 1.1), (0, 10, 16, 10)).astype(np.float32)
         taper = np.interp(z / body.top, (.6, .95, 1.1), (1, .93, .85)).astype(np.float32)
         wall = body.wall * (1 + .9 * np.exp(-((back - .9) / .14)**2) + .25 * side**2)
-        chest = body.radius(x, y, np.float32(.35 * body.top))
         waves = 1 + sum(w * np.cos((n + 2) * np.arctan2(x, y)) for n, w in enumerate(body.lobed))
-        inside = (r - wall) - taper * chest - upper * side
+        inside = (r - wall) - taper * body.radius(x, y, np.float32(.35 * body.top)) - upper * side
         skin = inside - body.fat * waves * (1.1 - .25 * back)
         hu = self.cover(skin) * 1060 - 1050
         hu += self.cover(skin + 2) * (value["fat"] - 10)
-        layers = value["muscle"] - value["fat"] - 75 * np.clip(1 - np.abs(inside + .5 * wall + 2) / 3.5, 0, 1) * (cavity > 6)  # fat between muscles
-        hu += self.cover(inside) * layers
+        between = np.clip(1 - np.abs(inside + .5 * wall + 2) / 3.5, 0, 1) * (cavity > 6)  # fat between muscles
+        hu += self.cover(inside) * (value["muscle"] - value["fat"] - 75 * between)
         hu += self.cover(cavity + 1) * (value["fat"] + 6 - hu)
         dome = z - body.diaphragm(x, y)
         depth = np.minimum(np.minimum(-cavity, np.abs(x) - body.mediastinum(y, z)), .8 * dome)
@@ -794,31 +783,30 @@ class Canvas:
         hu += lung * (tissue - hu)
         self.hu[k], self.lung[k], self.depth[k], self.cavity[k], self.dome[k], self.skin[k] = hu, lung, depth, cavity, dome, skin
 
-    def _covered(self, centre, radii, edge=0):
+    def _ball(self, centre, radii, edge):
         where, distance = self.ellipsoid(centre, radii, reach=edge)
         return where, self.cover(distance, edge)
 
     def organs(self):
         """Heart, liver, spleen, stomach; the table."""
-        body, hu = self.body, self.body.hu
+        body, hu, x, y = self.body, self.body.hu, self.x, self.y
         self.paint(self.heart_box, self.cover(self.heart), hu["blood"] + 2)
         last = min(self.shape[0], int((max(body.dome.values()) + 14 - self.origin[2]) / self.spacing[2]))
         below = (slice(0, last), slice(None), slice(None))
-        x, y = self.x, self.y
         inner = np.maximum(self.cavity[below], self.dome[below]) + 4  # signed distance to the abdominal cavity
-        for value, plane in ((hu["liver"], np.maximum(x - 38 - .35 * y - .1 * self.z[below], y - 62)), (hu["liver"] - 6, np.maximum(58 - x, 12 - y))):  # liver, spleen
-            self.paint(below, self.cover(np.maximum(inner, plane)), value)
-        centre, radii = body.at((52, -18, 18))[0], body.at((30, 34, 26))[0]
+        liver, spleen = np.maximum(x - 38 - .35 * y - .1 * self.z[below], y - 62), np.maximum(58 - x, 12 - y)
+        self.paint(below, self.cover(np.maximum(inner, liver)), hu["liver"])
+        self.paint(below, self.cover(np.maximum(inner, spleen)), hu["liver"] - 6)
+        centre, radii = body.at((52, -18, 18), (30, 34, 26))
         where, distance = self.ellipsoid(centre, radii)
         distance = np.maximum(distance, self.dome[where] + 4)
         self.paint(where, self.cover(distance), 38)
-        air = np.maximum(distance + 5, self.y[where[1:]] - centre[1] + 8)  # gas above fluid
-        self.paint(where, self.cover(air), -900)
+        self.paint(where, self.cover(np.maximum(distance + 5, y[where[1:]] - centre[1] + 8)), -900)  # gas above fluid
         gap, value, there = body.table
         if there:
-            back = float(self.y[self.skin[self.shape[0] // 3] < 0].max()) + gap
+            back = float(y[self.skin[self.shape[0] // 3] < 0].max()) + gap
             rows = slice(max(0, int(self.grid((0, back - 30, 0))[1])), self.shape[1])
-            top = np.abs(self.y[rows] - back + (self.x[rows] / 60)**2 * 2.5)
+            top = np.abs(y[rows] - back + (x[rows] / 60)**2 * 2.5)
             self.hu[:, rows] += self.cover(top - 2) * (value - self.hu[:, rows]) * (self.skin[:, rows] > 0)
 
     def bone(self, distance):
@@ -826,92 +814,83 @@ class Canvas:
         return self.body.hu["cortex"] + self.cover(distance + 2.2, 1) * (self.body.hu["bone"] - self.body.hu["cortex"])
 
     def skeleton(self):
-        body = self.body
-        self.ribs = body.ribs()
-        bony, cartilage = [], []
-        for line, share in self.ribs.values():
-            n = int(share * len(line))
-            bony.append(line[:n])
-            cartilage.append(line[n:])
-        bony, cartilage = np.concatenate(bony), np.concatenate(cartilage)
-        self.stroke(cartilage, 4.4, 95, tall=1.4)
-        self.stroke(bony, 4.2, self.bone, tall=1.35)
+        """Ribs with their cartilage, sternum, clavicles, scapulae."""
+        body, self.ribs = self.body, self.body.ribs()
+        self.stroke(np.concatenate([line[int(share * len(line)):] for line, share in self.ribs.values()]), 4.4, 95, tall=1.4)
+        self.stroke(np.concatenate([line[:int(share * len(line))] for line, share in self.ribs.values()]), 4.2, self.bone, tall=1.35)
         z = np.arange(.36, .9, .012) * body.top
         front = -body.radius(np.float32(0), np.float32(-1), z.astype(np.float32)) - 7
         self.stroke(np.concatenate([np.stack((0 * z + dx, front, z), 1) for dx in (-10, -4, 4, 10)]), 4.6, self.bone)
         for sign in (-1, 1):
-            clavicle = np.array(((sign * 16, front[-1] + 6, .92 * body.top), (sign * 60, front[-1] + 4, .985 * body.top), (sign * 125, 5, 1.03 * body.top)))
-            self.stroke(_path(clavicle, 2, 20), 5.2, self.bone)
+            clavicle = (16, front[-1] + 6, .92 * body.top), (60, front[-1] + 4, .985 * body.top), (125, 5, 1.03 * body.top)
+            self.stroke(_path(np.array(clavicle) * (sign, 1, 1), 2, 20), 5.2, self.bone)
             t = np.linspace(0, 1, 22)[:, None]
             for spread in np.linspace(0, 1, 5):  # the scapula: a thin triangle behind the ribs, with a thicker lateral border
                 low, high = np.array((94, 74, .5 * body.top)), np.array((84 + 44 * spread, 76 - 34 * spread, .94 * body.top))
-                self.stroke((low + t * (high - low)) * (sign * body.scale[0], body.scale[1], 1), 2.2 + 2 * (spread == 1), self.bone)
-        self.vertebrae()
+                blade = (low + t * (high - low)) * (sign * body.scale[0], body.scale[1], 1)
+                self.stroke(blade, 2.2 + 2 * (spread == 1), self.bone)
 
     def vertebrae(self):
-        """Bodies with end plates, discs, canal, arches; narrow bridges keep (slices, in-plane distance, level phase) for the lesions."""
-        body = self.body
-        z, pitch = self.z, .0965 * body.top
+        """Bodies with end plates, discs, canal, arches; self.spine and self.pitch (mm per level) are for the lesions."""
+        body, z = self.body, self.z
+        self.pitch = pitch = .0965 * body.top
         where, (dx, dy, _) = self.box((0, .63 * body.b + 16, 0), (42, 66, 0))
         where = (slice(None),) + where[1:]
-        dy = dy[None] + .63 * body.b + 16 - body.spine(z)
-        dx = dx[None]
+        dx, dy = dx[None], dy[None] + .63 * body.b + 16 - body.spine(z)
         phase = ((z - body.level(1)) / pitch + .5) % 1 - .5  # 0 at a vertebra's middle, +-.5 in a disc
         width = 15.5 + 3 * (1 - z / body.top)
-        plane = np.sqrt((dx / width)**2 + (dy / (.8 * width))**2)
-        plane = (plane - 1) * .88 * width
-        up = (np.abs(phase) - .39) * pitch
+        plane = (np.sqrt((dx / width)**2 + (dy / (.8 * width))**2) - 1) * .88 * width
         self.paint(where, self.cover(plane), 85)  # discs
-        vertebra = np.maximum(plane, up)
+        vertebra = np.maximum(plane, (np.abs(phase) - .39) * pitch)
         self.paint(where, self.cover(vertebra), self.bone(vertebra))
         spot = dy - .8 * width - 9
         arch = np.maximum(np.abs(np.hypot(dx, spot) - 11) - 2.8, (np.abs(phase + .1) - .27) * pitch)
-        spinous = np.maximum(np.maximum(np.abs(dx) - 2.8, np.abs(spot - 24) - 14), (np.abs((phase + .3 + .012 * spot + .5) % 1 - .5) - .27) * pitch)
+        spinous = np.maximum(np.maximum(np.abs(dx) - 2.8, np.abs(spot - 24) - 14),
+                             (np.abs((phase + .3 + .012 * spot + .5) % 1 - .5) - .27) * pitch)
         transverse = np.maximum(np.maximum(np.abs(dx) - 32, np.abs(spot - 3 - .15 * np.abs(dx)) - 4), (np.abs(phase) - .25) * pitch)
-        transverse = np.maximum(transverse, 9 - np.abs(dx))
-        posterior = np.minimum(np.minimum(arch, spinous), transverse)
+        posterior = np.minimum(np.minimum(arch, spinous), np.maximum(transverse, 9 - np.abs(dx)))
         self.paint(where, self.cover(posterior), self.bone(posterior))
         self.paint(where, self.cover(np.hypot(dx, spot) - 8), 22)
-        self.spine, self.pitch = (where, plane, dy), pitch
+        self.spine = where, plane, dy
 
     def vessels(self):
-        body, hu = self.body, self.body.hu
-        blood = hu["blood"]
+        """The great vessels and the esophagus; the trees of the lungs' arteries and veins."""
+        body, blood, size = self.body, self.body.hu["blood"], self.body.scale.mean()
         self.aorta = _path(body.aorta(), 2, 24)
-        size = body.scale.mean()
-        along = np.linspace(0, 1, len(self.aorta))
-        self.aorta_radius = (15.5 - 4 * along).astype(np.float32) * size * body.aorta_scale
-        tubes = [(self.aorta[::3], self.aorta_radius[::3])]
+        self.aorta_radius = (15.5 - 4 * np.linspace(0, 1, len(self.aorta))).astype(np.float32) * size * body.aorta_scale
         self.esophagus = _path(body.at((2, 24, 250), (6, 27, 170), (3, 29, 130), (8, 27, 80), (14, 20, 48), (28, 5, 36)), 2, 20)
         self.svc = _path(body.at((-38, -16, 214), (-22, -14, 182), (-23, -13, 150), (-22, -10, 112)), 2, 12)
-        for points, radius in (((12, -34, 104), (13, -20, 128), (20, -2, 140), (42, 10, 140)), 11.5), (((12, -20, 130), (-8, -6, 134), (-38, 4, 134)), 10.5), \
-                (((40, -14, 214), (8, -20, 188), (-20, -15, 178)), 6.5), (((-8, -12, 174), (-22, 2, 250)), 6), (((4, -4, 176), (18, 4, 250)), 4.5), (((18, 10, 174), (34, 12, 250)), 5), \
-                (((-30, 18, 112), (0, 12, 102), (30, 18, 112)), 7.5), (((-4, 40, -20), (-5, 44, 150), (-16, 10, 160)), 3.5), (((-18, 0, 20), (-18, -4, 60)), 11):
+        tubes = [(self.aorta[::3], self.aorta_radius[::3]), (self.svc[::2], 8.5 * size), (self.esophagus[::2], 7 * size)]
+        for radius, *points in ((11.5, (12, -34, 104), (13, -20, 128), (20, -2, 140), (42, 10, 140)),  # pulmonary trunk
+                                (10.5, (12, -20, 130), (-8, -6, 134), (-38, 4, 134)), (6.5, (40, -14, 214), (8, -20, 188), (-20, -15, 178)),
+                                (6, (-8, -12, 174), (-22, 2, 250)), (4.5, (4, -4, 176), (18, 4, 250)), (5, (18, 10, 174), (34, 12, 250)),
+                                (7.5, (-30, 18, 112), (0, 12, 102), (30, 18, 112)), (3.5, (-4, 40, -20), (-5, 44, 150), (-16, 10, 160)),
+                                (11, (-18, 0, 20), (-18, -4, 60))):
             tubes.append((_path(body.at(*points), 2, 14)[::1 + (radius > 6)], radius * size))
-        tubes += [(self.svc[::2], 8.5 * size), (self.esophagus[::2], 7 * size)]
-        self.stroke(np.concatenate([p for p, _ in tubes]), np.concatenate([np.broadcast_to(np.float32(r), len(p)) for p, r in tubes]), blood, lung=False)
-        trees = []
-        self.airway = {}
-        for side in ("right", "left"):
-            for kind, tree in shared()[side].items():
-                points, k = tree[:, :3] * body.scale, np.array(body.twist, np.float32).reshape(3, 4)
-                wave = np.sin(points[:, (1, 2, 0)] / 38 + k[:, 0])  # each patient's tree winds its own way
-                points = points + wave * k[:, 1] * np.clip((np.abs(points[:, :1]) - 25) / 40, 0, 1)
-                if kind == "airway":
-                    clear = (body.depth(points) > 1) | (np.linalg.norm(points - points[0], axis=1) < 12)
-                    self.airway[side] = points[clear], tree[clear, 3] * size
-                else:
-                    trees.append((points, tree[:, 3] * size))
+        radii = np.concatenate([np.broadcast_to(np.float32(r), len(p)) for p, r in tubes])
+        self.stroke(np.concatenate([p for p, _ in tubes]), radii, blood, lung=False)
+        trees = [self._tree(side, kind) for side in SIDES for kind in ("artery", "vein")]
         self.stroke(np.concatenate([p for p, _ in trees]), np.concatenate([r for _, r in trees]), blood - 4, lung=True)
-        self.trachea = _path(body.at((0, 6, 262), (0, 10, 190), (-1, 15, 153)), 2)
-        mains = [_path(body.at((-1, 15, 153), (-18, 12, 141), (-34, 9, 131)), 2), _path(body.at((-1, 15, 153), (18, 14, 139), (36, 9, 131)), 2)]
-        self.central = np.concatenate([self.trachea] + mains), np.concatenate([np.full(len(self.trachea), 8.6)] + [np.full(len(m), 6.2) for m in mains]) * size
-        self.airways()
+
+    def _tree(self, side, kind):
+        """A shared tree as it winds in this patient -> points (N, 3), radii (N,)."""
+        body, tree = self.body, shared()[side][kind]
+        points, phase, bend = tree[:, :3] * body.scale, body.twist[:, 0], body.twist[:, 1]
+        wave = np.sin(points[:, (1, 2, 0)] / 38 + phase)
+        points = points + wave * bend * np.clip((np.abs(points[:, :1]) - 25) / 40, 0, 1)
+        return points, tree[:, 3] * body.scale.mean()
 
     def airways(self):
         """Walls, then lumens, of trachea and bronchi as far as they show."""
-        points = np.concatenate([self.central[0]] + [p for p, _ in self.airway.values()])
-        radii = np.concatenate([self.central[1]] + [r for _, r in self.airway.values()])
+        body, self.airway = self.body, {}
+        self.trachea = _path(body.at((0, 6, 262), (0, 10, 190), (-1, 15, 153)), 2)
+        mains = [_path(body.at((-1, 15, 153), *ends), 2) for ends in (((-18, 12, 141), (-34, 9, 131)), ((18, 14, 139), (36, 9, 131)))]
+        central = [(line, np.full(len(line), radius) * body.scale.mean()) for line, radius in zip((self.trachea, *mains), (8.6, 6.2, 6.2))]
+        for side in SIDES:
+            points, radii = self._tree(side, "airway")
+            clear = (body.depth(points) > 1) | (np.linalg.norm(points - points[0], axis=1) < 12)
+            self.airway[side] = points[clear], radii[clear]
+        points, radii = (np.concatenate(parts) for parts in zip(*central, *self.airway.values()))
         points, radii = points[radii > 1.6], radii[radii > 1.6]
         self.stroke(points, radii + .7 + .05 * radii, 0)
         self.stroke(points, radii, -960)
@@ -919,9 +898,6 @@ class Canvas:
 
 # ------------------------------------------------------------------------------------------------ what is seen: the abnormalities
 # One function each, (canvas, rng, lesion, name): draws one lesion and notes its mask under `name`.
-SIGN = {"right": -1, "left": 1}
-
-
 def _rough(c, rng, centre, radii, rough, axes=None):
     """Slices and signed distance to an ellipsoid with an uneven surface (rough: a share of its radius)."""
     radii = np.broadcast_to(np.asarray(radii, np.float32), 3)
@@ -1327,14 +1303,15 @@ def device(c, rng, lesion, name):
 
 DRAW = {  # in the order in which they are drawn: diffuse, focal, pleural, mediastinal, bony, foreign
     "Mosaic attenuation pattern": mosaic, "Emphysema": emphysema, "Interlobular septal thickening": septal, "Pulmonary fibrosis": fibrosis,
-    "Lung opacity": opacity, "Peribronchial thickening": airway_walls, "Bronchial thickening": airway_walls, "Bronchiectasis": bronchiectasis,
-    "Lung cyst": cyst, "Pulmonary fibrotic sequela": sequela, "Pneumonia": pneumonia, "Consolidation": consolidation,
-    "Atelectasis": atelectasis, "Tuberculosis": tuberculosis, "Lung nodule": nodule, "Lung mass": mass, "Pleural effusion": effusion,
-    "Pneumothorax": pneumothorax, "Empyema": empyema, "Pleural calcification": pleural_calcification, "Cardiomegaly": enlarged_heart,
-    "Pericardial effusion": pericardial_effusion, "Hiatal hernia": hernia, "Lymphadenopathy": lymph_nodes, "Atherosclerosis": atherosclerosis,
-    "Arterial wall calcification": aortic_calcification, "Coronary artery wall calcification": coronary,
-    "Pericardial calcification": pericardial_calcification, "Pneumomediastinum": pneumomediastinum, "Osteophyte": osteophyte,
-    "Spondylosis": spondylosis, "Rib fracture": rib_fracture, "Medical material": device}
+    "Lung opacity": opacity, "Peribronchial thickening": airway_walls, "Bronchial thickening": airway_walls,
+    "Bronchiectasis": bronchiectasis, "Lung cyst": cyst, "Pulmonary fibrotic sequela": sequela, "Pneumonia": pneumonia,
+    "Consolidation": consolidation, "Atelectasis": atelectasis, "Tuberculosis": tuberculosis, "Lung nodule": nodule, "Lung mass": mass,
+    "Pleural effusion": effusion, "Pneumothorax": pneumothorax, "Empyema": empyema, "Pleural calcification": pleural_calcification,
+    "Cardiomegaly": enlarged_heart, "Pericardial effusion": pericardial_effusion, "Hiatal hernia": hernia, "Lymphadenopathy": lymph_nodes,
+    "Atherosclerosis": atherosclerosis, "Arterial wall calcification": aortic_calcification,
+    "Coronary artery wall calcification": coronary, "Pericardial calcification": pericardial_calcification,
+    "Pneumomediastinum": pneumomediastinum, "Osteophyte": osteophyte, "Spondylosis": spondylosis, "Rib fracture": rib_fracture,
+    "Medical material": device}
 
 
 def _body(seed, split, index, found):
@@ -1360,14 +1337,13 @@ def reconstructions(seed, split, index):
 def draw(seed, split, index, reconstruction=0, found=None, masks=True):
     """Draw one reconstruction of a scan, just as `write` does.
 
-    Returns (hu int16 [X, Y, Z] as stored, affine (4, 4) to RAS mm, spacing (x, y, z) in mm, findings, masks: abnormality -> bool [X, Y, Z]).
+    Returns (hu int16 [X, Y, Z] as stored, affine (4, 4) to RAS mm, spacing (x, y, z) in mm, findings, masks: name -> bool [X, Y, Z]).
     found overrides the scan's findings (the same patient with other abnormalities).
     """
     found = findings(seed, split, index) if found is None else found
     how = reconstructions(seed, split, index)[reconstruction]
     body = _body(seed, split, index, found)
     c = Canvas(body, how["pixels"], how["xy"], how["dz"], masks)
-    c.patient()
     for name, function in DRAW.items():
         for lesion in found.get(name, ()):
             function(c, np.random.default_rng([int(p * 2**32) for p in lesion["place"]]), lesion, name)
@@ -1386,8 +1362,12 @@ def draw(seed, split, index, reconstruction=0, found=None, masks=True):
 
 
 # ------------------------------------------------------------------------------------------------ what is written
-FOLDERS = {1: {"train": "train", "valid": "valid"}, 2: {"train": "train_fixed", "valid": "valid_fixed"}}
+SUFFIX = {1: "", 2: "_fixed"}  # of the folders of each of CT-RATE's releases
 LONG = {"train": "train", "valid": "validation"}
+TABLES = {  # path below the root -> columns; {} is the split
+    "radiology_text_reports/{}_reports.csv": ["VolumeName", "ClinicalInformation_EN", "Technique_EN", "Findings_EN", "Impressions_EN"],
+    "metadata/{}_metadata.csv": ["VolumeName", "Manufacturer", "ConvolutionKernel", "PatientSex", "RescaleSlope", "RescaleIntercept",
+                                 "XYSpacing", "ZSpacing", "ImagePositionPatient", "ImageOrientationPatient"]}
 
 
 def scan_name(seed, split, index):
@@ -1399,7 +1379,7 @@ def scan_name(seed, split, index):
 def volume_path(name, release=2):
     """A volume's place below the root, from its name without .nii.gz: train_fixed/train_1/train_1_a/train_1_a_1.nii.gz."""
     split, patient, scan, _ = name.split("_")
-    return Path(FOLDERS[release][split], f"{split}_{patient}", f"{split}_{patient}_{scan}", name + ".nii.gz")
+    return Path(split + SUFFIX[release], f"{split}_{patient}", f"{split}_{patient}_{scan}", name + ".nii.gz")
 
 
 def _atomic(path, data):
@@ -1456,40 +1436,36 @@ def _write_tables(out, seed, counts, release):
     """Reports, metadata and labels of all volumes."""
     rare = []
     for split, n in counts.items():
-        reports_, metadata, labels = [], [], []
+        texts, metadata, labels = [], [], []
         for index in range(n):
             rng, found = random.Random(f"report {seed} {split} {index}"), findings(seed, split, index)
             body = _body(seed, split, index, found)
             text = [rng.choice(SITUATIONS), rng.choice(TECHNIQUES), *(part or "Not given." for part in report(found, rng))]
             for k, how in enumerate(reconstructions(seed, split, index)):
-                name = f"{scan_name(seed, split, index)}_{k + 1}.nii.gz"
-                reports_.append([name, *text])
-                slope, intercept = (1, how["intercept"]) if release == 1 else (1, 0)
-                position = Canvas.corner(body, how["pixels"], how["xy"]) + body.offset
-                metadata.append([name, "Phantom", how["kernel"], "F" if body.female else "M", slope, intercept, f"[{how['xy']}, {how['xy']}]", how["dz"],
-                                 str([round(float(p), 3) for p in position]), "[1, 0, 0, 0, 1, 0]"])
+                name, xy = f"{scan_name(seed, split, index)}_{k + 1}.nii.gz", how["xy"]
+                position = [round(float(p), 3) for p in Canvas.corner(body, how["pixels"], xy) + body.offset]
+                texts.append([name, *text])
+                metadata.append([name, "Phantom", how["kernel"], "F" if body.female else "M", 1, how["intercept"] if release == 1 else 0,
+                                 f"[{xy}, {xy}]", how["dz"], str(position), "[1, 0, 0, 0, 1, 0]"])
                 labels.append([name, *(int(a in found) for a in CT_RATE)])
                 rare.append([name, *(int(a in found) for a in CT_RATE_LT)])
-        _csv(out / f"radiology_text_reports/{LONG[split]}_reports.csv",
-             ["VolumeName", "ClinicalInformation_EN", "Technique_EN", "Findings_EN", "Impressions_EN"], reports_)
-        _csv(out / f"metadata/{LONG[split]}_metadata.csv", ["VolumeName", "Manufacturer", "ConvolutionKernel", "PatientSex", "RescaleSlope", "RescaleIntercept",
-             "XYSpacing", "ZSpacing", "ImagePositionPatient", "ImageOrientationPatient"], metadata)
+        for (path, columns), rows in zip(TABLES.items(), (texts, metadata)):
+            _csv(out / path.format(LONG[split]), columns, rows)
         _csv(out / f"multi_abnormality_labels/{split}_predicted_labels.csv", ["VolumeName", *CT_RATE], labels)
     _csv(out / "multi_abnormality_labels/ct_rate_lt_labels.csv", ["VolumeName", *CT_RATE_LT], rare)
 
 
 def write(out, train, valid, seed=0, release=2, workers=None, masks=False):
-    """Write `train` and `valid` scans below `out` in CT-RATE's layout; whatever is there already stays, so a killed run is finished by the same call.
+    """Write `train` and `valid` scans below `out` in CT-RATE's layout; what is there already stays: the same call finishes a killed run.
 
     release 2: HU and true spacing in the files; release 1: raw values that need the metadata's rescale and spacing. masks: also
     masks/<volume>.nii.gz of the valid split, int64, bit k set where abnormality ABNORMALITIES[k] was drawn. phantom.json comes last.
     Raises ValueError where `out` holds a phantom of another seed, release or version.
     """
     out = Path(out)
-    stamp, settings = out / "phantom.json", {"version": VERSION, "seed": seed, "release": release}
-    if release not in FOLDERS or train < 0 or valid < 0 or train + valid == 0:
-        raise ValueError(f"release must be 1 or 2 and the counts 0 or more, not both 0: got release {release}, train {train}, valid {valid}")
-    begun = out / "phantom.begun.json"
+    stamp, begun, settings = out / "phantom.json", out / "phantom.begun.json", {"version": VERSION, "seed": seed, "release": release}
+    if release not in SUFFIX or train < 0 or valid < 0 or train + valid == 0:
+        raise ValueError(f"release must be 1 or 2, the counts 0 or more and not both 0: got release {release}, train {train}, valid {valid}")
     for path in (begun, stamp):
         if path.exists():
             other = {key: json.loads(path.read_text()).get(key) for key in settings}
@@ -1518,38 +1494,36 @@ def write(out, train, valid, seed=0, release=2, workers=None, masks=False):
 
 
 # ------------------------------------------------------------------------------------------------ a contact sheet
-LUNG, SOFT, BONE = (-550, 1500), (30, 420), (350, 1900)
-VIEWS = {  # abnormality -> window (centre, width) and plane: 0 sagittal, 1 coronal, 2 axial
-    "Medical material": (BONE, 1), "Arterial wall calcification": (SOFT, 2), "Cardiomegaly": (SOFT, 2), "Pericardial effusion": (SOFT, 2),
-    "Coronary artery wall calcification": (SOFT, 2), "Hiatal hernia": (SOFT, 2), "Lymphadenopathy": (SOFT, 2), "Pleural effusion": (SOFT, 2), "Empyema": (SOFT, 2),
-    "Osteophyte": (BONE, 1), "Rib fracture": (BONE, 2), "Atherosclerosis": (SOFT, 2), "Pericardial calcification": (SOFT, 2), "Spondylosis": (BONE, 0),
-    "Pleural calcification": (SOFT, 2), "Pulmonary fibrosis": (LUNG, 2), "Emphysema": (LUNG, 1), "Mosaic attenuation pattern": (LUNG, 2)}
+LUNG, SOFT, BONE = (-1300, 200), (-180, 240), (-600, 1300)  # windows: HU of black and white
+VIEWS = {"Medical material": (BONE, 1), "Osteophyte": (BONE, 1), "Rib fracture": (BONE, 2), "Spondylosis": (BONE, 0),
+         "Emphysema": (LUNG, 1), **dict.fromkeys(("Normal, soft tissue", "Arterial wall calcification", "Cardiomegaly", "Pericardial effusion", "Hiatal hernia",
+                          "Coronary artery wall calcification", "Lymphadenopathy", "Pleural effusion", "Empyema", "Atherosclerosis",
+                          "Pericardial calcification", "Pleural calcification"), (SOFT, 2))}  # plane: 0 sagittal, 1 coronal, 2 axial
 
 
 def preview(path, seed=0):
-    """Write a PNG with one example of each abnormality in an otherwise normal patient, outlined, and the normal patients of the first two."""
+    """Write a PNG with one example of each abnormality in an otherwise normal patient, outlined, after two normal patients."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     figure, axes = plt.subplots(5, 7, figsize=(21, 16), facecolor="black")
-    cases = [("Normal, lung window", None), ("Normal, soft tissue", None)] + [(name, name) for name in ABNORMALITIES]
-    for k, (axis, (title, name)) in enumerate(zip(axes.flat, cases)):
-        rng = random.Random(f"preview {seed} {title}")
-        found = {name: [dict(lesion, place=tuple(rng.random() for _ in range(3))) for lesion in LESIONS[name](rng)]} if name else {}
+    for k, (axis, name) in enumerate(zip(axes.flat, ["Normal, lung window", "Normal, soft tissue", *ABNORMALITIES])):
+        rng = random.Random(f"preview {seed} {name}")
+        lesions = LESIONS[name](rng) if name in LESIONS else []
+        found = {name: [lesion | {"place": tuple(rng.random() for _ in range(3))} for lesion in lesions]}
         hu, affine, spacing, _, masks = draw(seed, "preview", k, found=found)
-        back = tuple(slice(None, None, -1 if s > 0 else 1) for s in np.diag(affine)[:2]) + (slice(None, None, -1 if affine[2, 2] > 0 else 1),)
-        hu, mask = hu[back][..., ::-1], masks.get(name, np.zeros(hu.shape, bool))[back][..., ::-1]  # L P S
-        window, plane = VIEWS.get(name, (SOFT if "soft" in title else LUNG, 2))
-        area = mask.sum(tuple(i for i in range(3) if i != plane))
-        at = int(np.argmax(area)) if name else hu.shape[2] // 2
+        to_lps = tuple(slice(None, None, step) for step in np.where(np.diag(affine)[:3] * (-1, -1, 1) > 0, 1, -1))
+        hu, mask = hu[to_lps], masks.get(name, np.zeros(hu.shape, bool))[to_lps]
+        (black, white), plane = VIEWS.get(name, (LUNG, 2))
+        at = int(np.argmax(mask.sum(tuple({0, 1, 2} - {plane})))) if lesions else hu.shape[2] // 2
         image, outline = np.take(hu, at, plane).T, np.take(mask, at, plane).T
         aspect = (spacing[2] / spacing[1], spacing[2] / spacing[0], 1)[plane]
-        axis.imshow(image, cmap="gray", vmin=window[0] - window[1] / 2, vmax=window[0] + window[1] / 2, aspect=aspect, origin="upper" if plane == 2 else "lower",
-                    interpolation="bicubic")
+        axis.imshow(image, cmap="gray", vmin=black, vmax=white, aspect=aspect, interpolation="bicubic",
+                    origin="upper" if plane == 2 else "lower")
         if outline.any():
-            grown = sum(np.roll(outline, shift, axis_) for axis_ in (0, 1) for shift in (-2, 2)) + outline > 0
+            grown = sum(np.roll(outline, shift, way) for way in (0, 1) for shift in (-2, 2)) + outline > 0
             axis.contour(grown, [.5], colors="#ffd400", linewidths=.6)
-        axis.set_title(title, color="white", fontsize=13)
+        axis.set_title(name, color="white", fontsize=13)
         axis.axis("off")
     figure.tight_layout()
     figure.savefig(path, dpi=72, facecolor="black")
@@ -1557,7 +1531,8 @@ def preview(path, seed=0):
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], epilog="example: python phantom.py --out data/phantom --train 800 --valid 200 --seed 0")
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
+                                     epilog="example: python phantom.py --out data/phantom --train 800 --valid 200 --seed 0")
     parser.add_argument("--out", help="folder to write the benchmark to")
     parser.add_argument("--train", type=int, default=800, help="training scans (800)")
     parser.add_argument("--valid", type=int, default=200, help="test scans, of other patients (200)")
