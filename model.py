@@ -9,6 +9,7 @@
 import json
 import os
 import re
+from collections import Counter
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from torch import nn
 
 from cmki import KnowledgeBank
@@ -53,8 +54,8 @@ class Config:
 
 PRESETS = {
     "base": {},
-    "phantom": dict(spacing=(4.0, 4.0, 4.0), shape=(96, 80, 72), crop=(88, 72, 64), patch=(8, 8, 8), vit_width=192, vit_depth=4,
-                    vit_heads=4, resnet_width=16, vocabulary=2048, text_width=128, text_depth=4, text_heads=4, text_positions=128,
+    "phantom": dict(spacing=(6.0, 6.0, 6.0), shape=(64, 56, 48), crop=(56, 48, 48), vision="resnet18", resnet_width=16, patch=(8, 8, 8),
+                    vit_width=192, vit_depth=4, vit_heads=4, vocabulary=2048, text_width=128, text_depth=2, text_heads=4, text_positions=128,
                     dim=128, bank_size=256),
 }
 
@@ -180,8 +181,9 @@ class ResNet3D(nn.Module):
 
     def __init__(self, depth=18, width=64):
         super().__init__()
-        self.stem = nn.Sequential(nn.Conv3d(1, width, 7, stride=2, padding=3, bias=False), nn.BatchNorm3d(width), nn.ReLU(inplace=True),
-                                  nn.MaxPool3d(3, stride=2, padding=1))
+        self.stem = nn.Sequential(  # two 3 x 3 x 3 convolutions in place of 7 x 7 x 7 and pooling (He et al. 2019): a fifth of the cost
+            nn.Conv3d(1, width // 2, 3, stride=2, padding=1, bias=False), nn.BatchNorm3d(width // 2), nn.ReLU(inplace=True),
+            nn.Conv3d(width // 2, width, 3, stride=2, padding=1, bias=False), nn.BatchNorm3d(width), nn.ReLU(inplace=True))
         blocks, channels = [], width
         for stage, count in enumerate(self.BLOCKS[depth]):
             for i in range(count):
@@ -213,16 +215,26 @@ def clean(text):
 
 
 def train_tokenizer(texts, vocabulary):
-    """Train a WordPiece tokenizer in BERT's format on texts, cleaned here; single letters and digits always are in it."""
+    """A WordPiece tokenizer in BERT's format: every letter that occurs, and the most frequent words of texts up to `vocabulary` pieces.
+
+    The same texts give the same tokenizer, which the trainers of `tokenizers` don't promise: they break ties at random.
+    """
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece()
-    trainer = trainers.WordPieceTrainer(vocab_size=vocabulary, special_tokens=["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"], show_progress=False)
-    alphabet = "abcdefghijklmnopqrstuvwxyz0123456789"
-    tokenizer.train_from_iterator([*map(clean, texts), *alphabet, *(f"{a}{a}" for a in alphabet)], trainer)
-    tokenizer.post_processor = processors.BertProcessing(("[SEP]", tokenizer.token_to_id("[SEP]")), ("[CLS]", tokenizer.token_to_id("[CLS]")))
+    words = Counter(word for text in texts for word in tokenizer.normalizer.normalize_str(clean(text)).split())
+    letters = sorted({*"abcdefghijklmnopqrstuvwxyz0123456789", *"".join(words)})
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{letter}" for letter in letters)]
+    frequent = sorted((word for word in words if len(word) > 1), key=lambda word: (-words[word], word))
+    _set_pieces(tokenizer, [*pieces, *frequent[:max(0, vocabulary - len(pieces))]])
     return tokenizer
+
+
+def _set_pieces(tokenizer, pieces):
+    numbers = {piece: i for i, piece in enumerate(pieces)}
+    tokenizer.model = models.WordPiece(numbers, unk_token="[UNK]")
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", numbers["[SEP]"]), ("[CLS]", numbers["[CLS]"]))
 
 
 class TextEncoder(nn.Module):
@@ -346,6 +358,17 @@ class BrgSA(nn.Module):
         """Re-express embeddings (B, dim) from the knowledge bank: x_hat."""
         return self.bank(x)
 
+    @torch.no_grad()
+    def initialise(self, volumes, texts):
+        """Scale both projections so that a first batch of pairs gets embeddings of zero mean and equal spread along each feature.
+
+        Features of untrained encoders hardly differ from sample to sample (ratio of mean to spread above 3), which starts all embeddings
+        in one point, from where InfoNCE's gradient is small. Data-dependent initialisation as of Kraehenbuehl et al. 2016.
+        """
+        for projection, features in ((self.vision_projection, self.vision(self.normalise(volumes))[0]), (self.text_projection, self.text(texts))):
+            projection.weight /= features.std(0) + 1e-3 * features.std()
+            projection.bias.copy_(-projection.weight @ features.mean(0))
+
     def forward(self, volumes, texts):
         """A batch of pairs -> v, t, v_hat, t_hat, as cmki.alignment_loss takes them."""
         v, t = self.encode_image(volumes), self.encode_text(texts)
@@ -408,9 +431,7 @@ def _read_tokenizer(directory):
         if path.exists() or not vocabulary.exists():
             return Tokenizer.from_file(str(path))
         tokenizer = train_tokenizer([], 0)
-        pieces = {piece: i for i, piece in enumerate(vocabulary.read_text().splitlines())}
-        tokenizer.model = models.WordPiece(pieces, unk_token="[UNK]")
-        tokenizer.post_processor = processors.BertProcessing(("[SEP]", pieces["[SEP]"]), ("[CLS]", pieces["[CLS]"]))
+        _set_pieces(tokenizer, vocabulary.read_text().splitlines())
         return tokenizer
     except Exception as error:  # tokenizers raises bare Exceptions
         raise ValueError(f"{path}: can't be read as a tokenizer ({error})") from None

@@ -33,6 +33,7 @@ from tqdm import tqdm
 import data
 import evaluate
 import phantom
+import summarize
 from cmki import alignment_loss
 from model import PRESETS, BrgSA, Config, TextEncoder, train_tokenizer
 
@@ -45,7 +46,7 @@ def setting(default, help):
 class Settings:
     """A training run; the defaults are the authors' (REFERENCE: Adam, 39 epochs of batch 64)."""
     manifest: str = setting("", "manifest.csv; without one the phantom is written and used")
-    summaries: str = setting("", "summaries.jsonl of the manifest's reports; without, the raw reports are the texts")
+    summaries: str = setting("", "summaries.jsonl of the manifest's reports, or none: the raw reports are the texts; default: the phantom's own")
     preset: str = setting("", f"of model and schedule: {', '.join(PRESETS)}; default: phantom without a manifest, else base")
     out: str = setting("", "the run's folder; default: runs/PRESET")
     resume: bool = setting(False, "go on with the run in --out, with its own settings; begin it where there is none")
@@ -75,10 +76,11 @@ class Settings:
 
 SCHEDULES = {
     "base": {},
-    "phantom": dict(epochs=12, batch=32, optimizer="adamw", lr=2e-3, beta1=0.9, weight_decay=0.02, schedule="cosine", warmup=30, clip=1.0, holdout=0.1),
+    "phantom": dict(epochs=40, batch=32, optimizer="adamw", lr=3e-3, beta1=0.9, weight_decay=0.02, schedule="cosine", warmup=30, clip=1.0, holdout=0.1),
 }
 PHANTOM = dict(train=800, valid=240, seed=0)
 PHANTOM_FOLDER = Path("runs/phantom-data")
+SUMMARIZER = Path(__file__).parent / "checkpoints" / "summarizer"
 
 
 # ----------------------------------------------------------------------------------------------------------------- the parts
@@ -142,10 +144,10 @@ def learning_rate(settings, step, steps):
 
 
 def mixed_precision(device):
-    """The type for autocast: bfloat16 where the hardware computes in it, else float16 on a GPU and none on a CPU."""
+    """The type for autocast: bfloat16 on a GPU that computes in it, else float16; on a CPU none, whose bfloat16 batch norm overflows."""
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    return torch.bfloat16 if torch.cpu.get_capabilities().get("avx512_bf16") or torch.cpu.get_capabilities().get("amx_bf16") else None
+    return None
 
 
 def keep_freed_memory():
@@ -302,6 +304,9 @@ def train(settings):
     if text_encoder:
         model.text.load_state_dict(text_encoder.state_dict())
     model.to(device).train()
+    if not state_file.exists():
+        volumes, first_texts = collate([pairs[0, item] for item in range(min(len(pairs), 64))])
+        model.initialise(volumes.to(device), first_texts)
     optimizer = make_optimizer(model, settings)
     amp = mixed_precision(device)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
@@ -439,6 +444,11 @@ def main(argv=None):
         keep_freed_memory()
     if not settings.manifest:
         settings.manifest = str(phantom_manifest())
+        if not settings.summaries and SUMMARIZER.exists():
+            settings.summaries = str(Path(settings.manifest).with_name("summaries.jsonl"))
+            summarize.run(SUMMARIZER, settings.manifest, settings.summaries)
+    if settings.summaries == "none":
+        settings.summaries = ""
     data.read_manifest(settings.manifest)  # what is wrong with it is said before anything is written
     if not train(settings):
         print(f"stopped; python train.py --out {settings.out} --resume goes on", file=sys.stderr)

@@ -9,8 +9,8 @@ import model as model_module
 from cmki import alignment_loss
 from model import PRESETS, BrgSA, Config, ResNet3D, TextEncoder, ViT3D, clean, train_tokenizer
 
-SMALL = Config(**{**PRESETS["phantom"], "shape": (48, 48, 40), "crop": (40, 32, 32), "vit_width": 48, "vit_depth": 2, "vit_heads": 2, "resnet_width": 4,
-                  "vocabulary": 300, "text_width": 32, "text_depth": 5, "text_heads": 2, "dim": 24, "bank_size": 16})
+SMALL = Config(**{**PRESETS["phantom"], "vision": "vit", "shape": (48, 48, 40), "crop": (40, 32, 32), "vit_width": 48, "vit_depth": 2, "vit_heads": 2, "resnet_width": 4,
+                  "vocabulary": 300, "text_width": 32, "text_depth": 5, "text_positions": 64, "text_heads": 2, "dim": 24, "bank_size": 16})
 TEXTS = ["There is a pleural effusion.", "There is no Nodule; 1.5 cm"]
 
 
@@ -96,6 +96,22 @@ def test_padding_and_the_other_texts_of_a_batch_change_nothing():
                                                    ("nodule", "a much longer text about the pleural effusion that is there", "")]), atol=1e-5)
 
 
+def test_the_same_texts_give_the_same_tokenizer_with_the_frequent_words_whole():
+    texts = ["Nodule, nodule and mass.", "A mass; an effusion é"]
+    first, second = (train_tokenizer(texts, 81).to_str() for _ in range(2))
+    assert first == second
+    assert train_tokenizer(texts, 79).encode("nodule mass effusion").tokens == ["[CLS]", "nodule", "mass", *"effusion"[:1], *(f"##{c}" for c in "ffusion"), "[SEP]"]
+
+
+@pytest.mark.parametrize("vision", ["vit", "resnet18"])
+def test_initialise_spreads_a_first_batch_about_zero(vision):
+    model, texts = small(vision), [f"nodule {i} of the lung" for i in range(8)]
+    model.initialise(volumes(8), texts)
+    for x in model(volumes(8), texts)[:2]:
+        x = F.normalize(x.detach(), dim=-1)
+        assert (x @ x.T).mean() < 0.2  # 1 where all embeddings are one, 1/8 where the eight are orthogonal
+
+
 def test_without_a_tokenizer_words_are_spelled():
     model = BrgSA(SMALL)
     assert "[UNK]" not in model.text.tokenizer.encode("pleural effusion 42").tokens
@@ -106,9 +122,9 @@ def test_without_a_tokenizer_words_are_spelled():
 def test_text_encoder_agrees_with_transformers_bert(tmp_path, files):
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    tokenizer = train_tokenizer(["effusion of the pleura", "nodules, effusions and nodularity"] * 3, 70)
+    tokenizer = train_tokenizer(["effusion of the pleura", "nodules, effusions and nodularity"] * 3, 100)
     assert any(token.startswith("##") for token in tokenizer.encode("unpleural").tokens)
-    config = transformers.BertConfig(vocab_size=80, hidden_size=32, num_hidden_layers=5, num_attention_heads=4, intermediate_size=128, max_position_embeddings=40)
+    config = transformers.BertConfig(vocab_size=110, hidden_size=32, num_hidden_layers=5, num_attention_heads=4, intermediate_size=128, max_position_embeddings=40)
     bert = transformers.BertModel(config).eval()
     bert.save_pretrained(tmp_path)
     if files == "tokenizer.json":
