@@ -1465,7 +1465,7 @@ def write(out, train, valid, seed=0, release=2, workers=None, masks=False):
     out = Path(out)
     stamp, begun, settings = out / "phantom.json", out / "phantom.begun.json", {"version": VERSION, "seed": seed, "release": release}
     if release not in SUFFIX or train < 0 or valid < 0 or train + valid == 0:
-        raise ValueError(f"release must be 1 or 2, the counts 0 or more and not both 0: got release {release}, train {train}, valid {valid}")
+        raise ValueError(f"release must be 1 or 2, the counts 0 or more, not both 0: got release {release}, train {train}, valid {valid}")
     for path in (begun, stamp):
         if path.exists():
             other = {key: json.loads(path.read_text()).get(key) for key in settings}
@@ -1496,9 +1496,11 @@ def write(out, train, valid, seed=0, release=2, workers=None, masks=False):
 # ------------------------------------------------------------------------------------------------ a contact sheet
 LUNG, SOFT, BONE = (-1300, 200), (-180, 240), (-600, 1300)  # windows: HU of black and white
 VIEWS = {"Medical material": (BONE, 1), "Osteophyte": (BONE, 1), "Rib fracture": (BONE, 2), "Spondylosis": (BONE, 0),
-         "Emphysema": (LUNG, 1), **dict.fromkeys(("Normal, soft tissue", "Arterial wall calcification", "Cardiomegaly", "Pericardial effusion", "Hiatal hernia",
-                          "Coronary artery wall calcification", "Lymphadenopathy", "Pleural effusion", "Empyema", "Atherosclerosis",
-                          "Pericardial calcification", "Pleural calcification"), (SOFT, 2))}  # plane: 0 sagittal, 1 coronal, 2 axial
+         "Emphysema": (LUNG, 1)}  # window and plane: 0 sagittal, 1 coronal, 2 axial; the others axial
+VIEWS |= {name: (SOFT, 2) for name in (
+    "Normal, soft tissue", "Arterial wall calcification", "Cardiomegaly", "Pericardial effusion", "Hiatal hernia", "Lymphadenopathy",
+    "Coronary artery wall calcification", "Pleural effusion", "Empyema", "Atherosclerosis", "Pericardial calcification",
+    "Pleural calcification")}
 
 
 def preview(path, seed=0):

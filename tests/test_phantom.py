@@ -126,7 +126,7 @@ def test_prevalences_are_those_asked_for(split):
 
 @pytest.mark.parametrize("wordings", ["usual", "held-out"])
 def test_reports_affirm_what_was_found_and_nothing_else(wordings):
-    for text, names in phantom.reports(1200, 7, wordings, enriched=True):
+    for text, names in phantom.reports(800, 7, wordings, enriched=True):
         assert 25 < len(text.split()) < 450 and "{" not in text and " ," not in text
         affirmed = [sentence for sentence in re.split(r"(?<=[.;]) ", text) if not NEGATED.search(sentence) and sentence.rstrip(".;") + "." not in NORMAL]
         for name in phantom.ABNORMALITIES:
@@ -179,13 +179,19 @@ CHANGE = {
     "Pneumomediastinum": (-900, -60, -1000, -100)}
 
 
+@pytest.fixture(scope="module")
+def plain_scans():
+    """HU of two patients without findings."""
+    return {index: phantom.draw(9, "train", index, found={}, masks=False)[0].astype(np.float32) for index in (0, 5)}
+
+
 @pytest.mark.parametrize("name", phantom.ABNORMALITIES)
-def test_each_abnormality_changes_its_place_as_its_physics_says(name):
+def test_each_abnormality_changes_its_place_as_its_physics_says(name, plain_scans):
     for index in (0, 5):
         rng = random.Random(f"{name} {index}")
         found = {name: [lesion | {"place": (rng.random(), rng.random(), rng.random())} for lesion in phantom.LESIONS[name](rng)]}
         hu, affine, spacing, _, masks = phantom.draw(9, "train", index, found=found)
-        plain = phantom.draw(9, "train", index, found={})[0].astype(np.float32)
+        plain = plain_scans[index]
         mask = masks[name]
         assert hu.shape == mask.shape == plain.shape and mask.sum() * np.prod(spacing) > 60  # mm3
         change, mean = float(hu[mask].mean() - plain[mask].mean()), float(hu[mask].mean())
@@ -206,7 +212,7 @@ def test_each_abnormality_changes_its_place_as_its_physics_says(name):
 def test_world_coordinates_do_not_depend_on_the_stored_axes():
     """Every patient lies on the back, head up: bone (spine) behind, lungs' apices narrow, whatever the axis codes."""
     codes = set()
-    for index in range(6):
+    for index in range(4):
         hu, affine, spacing, _, _ = phantom.draw(2, "train", index, found={}, masks=False)
         codes.add("".join(nib.aff2axcodes(affine)))
         bone = np.argwhere(hu > 250) @ affine[:3, :3].T + affine[:3, 3]
