@@ -347,7 +347,7 @@ def embed_volumes(model, rows, cache, device="cpu"):
     volumes = torch.utils.data.DataLoader(data.Volumes(rows, cache), batch_size=batch)
     model = model.to(device).eval()
     v = [torch.empty(0, model.config.dim)]
-    with tqdm(total=len(rows), desc="embed", unit="volume", disable=not rows) as progress:
+    with tqdm(total=len(rows), desc="embed", unit="volume", disable=not rows, leave=False) as progress:
         for hu in volumes:
             v.append(model.encode_image(hu.to(device)).float().cpu())
             progress.update(len(hu))

@@ -20,6 +20,7 @@ import signal
 import sys
 import time
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from datetime import timedelta
 from pathlib import Path
 
 import numpy
@@ -271,8 +272,6 @@ def train(settings):
     """Train as settings say, in settings.out; returns True when the last step was made, False when stopped before."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device(settings.device, int(os.environ.get("LOCAL_RANK", 0)) if settings.device == "cuda" else None)
-    if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     torch.manual_seed(settings.seed)
     out, state_file = Path(settings.out), Path(settings.out) / "state" / "last.safetensors"
 
@@ -356,7 +355,7 @@ def train(settings):
             means = {name: float(value) / n for name, value in sums.items()}
             if not math.isfinite(means["total"]):
                 raise ValueError(f"{out}: the loss is {means['total']} at step {step + 1}; a smaller --lr may help, --resume goes on from the last save")
-            bar.set_postfix(loss=f"{means['total']:.3f}", auroc=f"{(progress['best'] or 0):.3f}", refresh=False)
+            bar.set_postfix({"loss": f"{means['total']:.3f}"} | ({"best": f"{progress['best']:.3f}"} if progress["best"] is not None else {}), refresh=False)
             if rank == 0:
                 log.write(step=step + 1, lr=lr, **means)
             sums = {}
@@ -439,11 +438,17 @@ def parse(argv=None):
 
 def main(argv=None):
     settings = parse(argv)
-    rank = int(os.environ.get("RANK", 0))
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1 and not dist.is_initialized():  # the others wait while rank 0 prepares volumes, which may take long
+        dist.init_process_group("nccl" if settings.device == "cuda" else "gloo", timeout=timedelta(hours=24))
     if settings.device == "cpu":
         keep_freed_memory()
     if not settings.manifest:
-        settings.manifest = str(phantom_manifest())
+        settings.manifest = str(PHANTOM_FOLDER / "manifest.csv")
+        if rank == 0:
+            phantom_manifest()
+        if world > 1:
+            dist.barrier()
         if not settings.summaries and SUMMARIZER.exists():
             settings.summaries = str(Path(settings.manifest).with_name("summaries.jsonl"))
             summarize.run(SUMMARIZER, settings.manifest, settings.summaries)
