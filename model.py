@@ -55,7 +55,7 @@ class Config:
 PRESETS = {
     "base": {},
     "phantom": dict(spacing=(6.0, 6.0, 6.0), shape=(64, 56, 48), crop=(56, 48, 48), vision="resnet18", resnet_width=16, patch=(8, 8, 8),
-                    vit_width=192, vit_depth=4, vit_heads=4, vocabulary=2048, text_width=128, text_depth=2, text_heads=4, text_positions=128,
+                    vit_width=96, vit_depth=4, vit_heads=4, vocabulary=2048, text_width=128, text_depth=2, text_heads=4, text_positions=128,
                     dim=128, bank_size=256),
 }
 
