@@ -68,10 +68,10 @@ def _attend_backward(g: torch.Tensor, x: torch.Tensor, bank: torch.Tensor, stats
 
     dS = P * (dP - rowsum(P * dP)) with dP = g bank^T;  dx = scale dS bank;  dbank = P^T g + scale dS^T x."""
     (N, d), K, tile = x.shape, len(bank), _tile(x, bank)
-    dx, dbank = x.new_empty(N if need_x else 0, d), x.new_zeros(K if need_bank else 0, d)
-    # A half-precision sum over many tiles would lose digits: it is carried in fp32.
-    total = torch.zeros_like(dbank, dtype=torch.float32) if x.itemsize < 4 and N > tile else None
     scratch_p, scratch_ds = x.new_empty(tile if N > len(kept) or _on_triton(x) else 0, K), x.new_empty(tile, K)
+    dx, dbank = x.new_empty(N if need_x else 0, d), (x.new_empty if N else x.new_zeros)(K if need_bank else 0, d)
+    # A half-precision sum over many tiles would lose digits: every fourth tile it moves into one of fp32.
+    total = torch.zeros_like(dbank, dtype=torch.float32) if x.itemsize < 4 and N > tile else None
     for i, start in enumerate(range(0, N, tile)):
         rows = slice(start, min(start + tile, N))
         x_rows, g_rows, p, ds = x[rows], g[rows], scratch_p[:rows.stop - start], scratch_ds[:rows.stop - start]
@@ -84,9 +84,11 @@ def _attend_backward(g: torch.Tensor, x: torch.Tensor, bank: torch.Tensor, stats
         if need_x:
             dx[rows].addmm_(ds, bank, beta=0, alpha=scale)
         if need_bank:
-            dbank.addmm_(p.mT, g_rows, beta=0 if total is not None else 1).addmm_(ds.mT, x_rows, alpha=scale)
-            if total is not None:
-                total += dbank
+            fresh = start == 0 if total is None else i % 4 == 0
+            dbank.addmm_(p.mT, g_rows, beta=float(not fresh)).addmm_(ds.mT, x_rows, alpha=scale)
+            if total is not None and (i % 4 == 3 or rows.stop == N):
+                for part, new in zip(total.split(128), dbank.split(128)):  # in parts, since adding across dtypes makes a copy
+                    part += new
     return dx, dbank if total is None else dbank.copy_(total)
 
 
@@ -140,8 +142,8 @@ _attend.register_autograd(_derivative, setup_context=_save)
 
 # ---- 2. Tiled torch: CPU, other devices, and what the kernels leave ------------------------------------------------------------------
 
-KEPT_ENTRIES = 1 << 23  # of P, for the backward pass
-TILE_ENTRIES = {"cpu": 3 << 19, "cuda": 1 << 23}  # of P in one tile: large enough for the matrix product, small enough for the cache
+KEPT_ENTRIES = 25 << 18  # of P, for the backward pass
+TILE_ENTRIES = {"cpu": 5 << 18, "cuda": 1 << 23}  # of P in one tile: large enough for the matrix product, small enough for the cache
 # CPU: rounding moves a logit by up to |logit| x the dtype's epsilon, and its probability by that factor. A tile with logits beyond these
 # magnitudes, where it would show, is computed in the next wider dtype.
 WIDER = {torch.bfloat16: (8, torch.float32), torch.float16: (8, torch.float32), torch.float32: (16, torch.float64)}
