@@ -470,7 +470,7 @@ def finish(settings):
     split = next((name for name in ("test", "valid", "validation") if name in splits), None)
     if split:
         result = evaluate.evaluate(settings.out, settings.manifest, split, Path(settings.out) / "evaluation", pairs=scoring(settings),
-                                   cache=settings.cache or None, device=settings.device)
+                                   cache=settings.cache or None, device=settings.device, summaries=settings.summaries or None)
         print(evaluate.evaluation_table(result))
     print(f"\nthe model, its curves and its log: {settings.out}/   " + (f"the evaluation: {settings.out}/evaluation/report.html" if split else "")
           + f"\none scan: python evaluate.py {settings.out} --volume scan.nii.gz")
