@@ -220,7 +220,7 @@ def fitted(tmp_path_factory):
         pairs.append((" ".join([f"Scan {i}.", *(words[name] for name in names), "Nothing more is said."]), names))
     lines = [json.dumps({"report": report, "abnormalities": names}) + "\n" for report, names in pairs]
     (directory / "pairs.jsonl").write_text("".join(lines))
-    f1 = summarize.fit(directory / "pairs.jsonl", directory / "model", vocab=400, width=32, layers=2, heads=2, steps=200, tokens=600, lr=1e-2, synthetic=False,
+    f1 = summarize.fit(directory / "pairs.jsonl", directory / "model", vocab=400, width=32, layers=2, heads=2, steps=500, tokens=600, lr=5e-3, synthetic=False,
                        dtype=torch.float32, device="cpu")
     return directory, pairs, f1
 
@@ -395,6 +395,8 @@ def test_a_prompt_longer_than_the_context_is_refused(tmp_path):
 def test_the_small_summarizer_reads_phantom_reports_of_another_seed(wordings):
     phantom = pytest.importorskip("phantom")
     directory = ROOT / "checkpoints" / "summarizer"
+    if not directory.exists():
+        pytest.skip("checkpoints/summarizer is not trained yet")
     assert sum(file.stat().st_size for file in directory.iterdir()) <= 3 * 2 ** 20
     pairs = list(phantom.reports(60, 12345, wordings=wordings, enriched=True))
     hits = wrong = missed = 0
