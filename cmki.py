@@ -142,8 +142,8 @@ _attend.register_autograd(_derivative, setup_context=_save)
 
 # ---- 2. Tiled torch: CPU, other devices, and what the kernels leave ------------------------------------------------------------------
 
-KEPT_ENTRIES = 25 << 18  # of P, for the backward pass
-TILE_ENTRIES = {"cpu": 5 << 18, "cuda": 1 << 23}  # of P in one tile: large enough for the matrix product, small enough for the cache
+KEPT_ENTRIES = 6 << 20  # of P, for the backward pass
+TILE_ENTRIES = {"cpu": 1 << 20, "cuda": 1 << 23}  # of P in one tile: large enough for the matrix product, small enough for the cache
 # CPU: rounding moves a logit by up to |logit| x the dtype's epsilon, and its probability by that factor. A tile with logits beyond these
 # magnitudes, where it would show, is computed in the next wider dtype.
 WIDER = {torch.bfloat16: (8, torch.float32), torch.float16: (8, torch.float32), torch.float32: (16, torch.float64)}
