@@ -158,6 +158,13 @@ def test_a_hand_written_manifest_without_labels_trains_and_validates_by_its_loss
     assert set(log[-1]["valid"]) == {"loss"} and BrgSA.from_pretrained(tmp_path / "run").config.vision == "resnet18"
 
 
+def test_the_authors_optimiser_schedule_and_accumulated_batches_run(tmp_path):
+    easy_manifest(tmp_path, 40)
+    run(tmp_path, "--epochs", 12, "--optimizer", "adam", "--schedule", "plateau", "--accumulate", 2, "--learn-scale")
+    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert log[-1]["step"] == 12 * 3 // 2 and BrgSA.from_pretrained(tmp_path / "run").scale != 10
+
+
 def test_patients_are_held_back_whole_and_the_test_split_is_never_trained_on(tmp_path):
     rows = data.read_manifest(easy_manifest(tmp_path, 40))
     train_rows, held = train.training_rows(rows, 0.2)
