@@ -34,7 +34,6 @@ from tqdm import tqdm
 import data
 import evaluate
 import phantom
-import summarize
 from cmki import alignment_loss
 from model import PRESETS, BrgSA, Config, TextEncoder, train_tokenizer
 
@@ -47,7 +46,7 @@ def setting(default, help):
 class Settings:
     """A training run; the defaults are the authors' (REFERENCE: Adam, 39 epochs of batch 64)."""
     manifest: str = setting("", "manifest.csv; without one the phantom is written and used")
-    summaries: str = setting("", "summaries.jsonl of the manifest's reports, or none: the raw reports are the texts; default: the phantom's own")
+    summaries: str = setting("", "summaries.jsonl of the manifest's reports; without, the raw reports are the texts")
     preset: str = setting("", f"of model and schedule: {', '.join(PRESETS)}; default: phantom without a manifest, else base")
     out: str = setting("", "the run's folder; default: runs/PRESET")
     resume: bool = setting(False, "go on with the run in --out, with its own settings; begin it where there is none")
@@ -81,7 +80,6 @@ SCHEDULES = {
 }
 PHANTOM = dict(train=800, valid=240, seed=0)
 PHANTOM_FOLDER = Path("runs/phantom-data")
-SUMMARIZER = Path(__file__).parent / "checkpoints" / "summarizer"
 
 
 # ----------------------------------------------------------------------------------------------------------------- the parts
@@ -449,11 +447,6 @@ def main(argv=None):
             phantom_manifest()
         if world > 1:
             dist.barrier()
-        if not settings.summaries and SUMMARIZER.exists():
-            settings.summaries = str(Path(settings.manifest).with_name("summaries.jsonl"))
-            summarize.run(SUMMARIZER, settings.manifest, settings.summaries)
-    if settings.summaries == "none":
-        settings.summaries = ""
     data.read_manifest(settings.manifest)  # what is wrong with it is said before anything is written
     if not train(settings):
         print(f"stopped; python train.py --out {settings.out} --resume goes on", file=sys.stderr)
