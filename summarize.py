@@ -867,10 +867,10 @@ PLACES = (
 ).split("|")
 
 
-def augment(report, names, rng, keep=0.6):
+def augment(report, names, rng, keep=0.6, more=2.5):
     """A (report, names) pair with sentences of our own put in: some affirm names (added to the pair's), some deny what the report doesn't affirm.
 
-    keep: how often the pair's report is there at all; else our sentences make a short report alone.
+    keep: how often the pair's report is there at all; else our sentences make a short report alone. more: how many sentences of either kind, about.
     """
     parts = re.split(r"(?<=[.!?])\s+", report.strip()) if rng.random() < keep else []
     names = set(names) if parts else set()
@@ -884,8 +884,10 @@ def augment(report, names, rng, keep=0.6):
         frame = rng.choice([frame for frame in frames if count == 1 + ("{y}" in frame) + ("{z}" in frame)])
         words += [""] * (3 - len(words))
         return chosen, re.sub(r" +(?=\.)", "", frame.format(x=words[0], y=words[1], z=words[2], w=rng.choice(PLACES + [""] * 12)))
-    for frames, mean in ((AFFIRMING, 1.2 if parts else 2.5), (NEGATING, 2.5)):
-        for _ in range(min(int(rng.expovariate(1 / mean)), 8)):
+    counts = [min(int(rng.expovariate(1 / more)), 8) for _ in range(2)]
+    counts[rng.random() < .5] += not (parts or sum(counts))
+    for frames, times in zip((AFFIRMING, NEGATING), counts):
+        for _ in range(times):
             count = min(rng.choice((1, 1, 1, 2, 2, 3)), 3 if frames is NEGATING else 2)
             if len(absent) >= count:
                 chosen, sentence = say(frames, count)
@@ -893,7 +895,7 @@ def augment(report, names, rng, keep=0.6):
                 parts.insert(rng.randint(0, len(parts)), sentence)
     if rng.random() < .5:
         rng.shuffle(parts)
-    return " ".join(parts) or "Normal chest CT.", names
+    return " ".join(parts), names
 
 
 def read_pairs(path, manifest=None):
@@ -960,13 +962,14 @@ def save(llm, out, dtype):
 def batches(pairs, llm, tokens, steps, synthetic, rng):
     """`steps` batches of about `tokens` tokens: ids (B, T), padded on the right, and the answer's mask over ids[:, 1:].
 
-    Pools are sorted by length, so that little is padding. With synthetic sentences, short reports come first: whole ones join at 40 to 80 % of the steps.
+    Pools are sorted by length, so that little is padding. With synthetic sentences, one makes a report at first; whole reports join at 40 to 80 % of the steps.
     """
     end, tokenizer, done = sorted(llm.stops)[:1], llm.chat.tokenizer, 0
     while done < steps:
         pool = [rng.choice(pairs) for _ in range(1024)]
         if synthetic:
-            pool = [augment(*pair, rng, 0.6 * min(max(2.5 * done / steps - 1, 0), 1)) for pair in pool]
+            stage = done / steps
+            pool = [augment(*pair, rng, 0.6 * min(max(2.5 * stage - 1, 0), 1), 0.3 + 2.2 * min(4 * stage, 1)) for pair in pool]
         answers = tokenizer.encode_batch([answer_text(names) for _, names in pool], add_special_tokens=False)
         prompts = llm.chat.prompts([report for report, _ in pool], llm.config.context - 256)
         items = [(prompt + (answer.ids + end)[:256], len(prompt)) for (prompt, _), answer in zip(prompts, answers)]
@@ -981,7 +984,7 @@ def batches(pairs, llm, tokens, steps, synthetic, rng):
             yield ids, torch.tensor([[start <= i < len(ids) for i in range(1, width)] for ids, start in rows])
 
 
-def fit(pairs_path, out, checkpoint=None, manifest=None, vocab=2000, width=128, layers=4, heads=4, steps=3000, tokens=4000, lr=2e-3, synthetic=True,
+def fit(pairs_path, out, checkpoint=None, manifest=None, vocab=2000, width=128, layers=4, heads=4, steps=3000, tokens=3000, lr=2e-3, synthetic=True,
         dtype=torch.bfloat16, device=None, seed=0, on_step=None):
     """Train a summarizer on (report, names) pairs and save it as a Hugging Face checkpoint: from `checkpoint`, or a new small Llama.
 
@@ -1032,7 +1035,7 @@ def main():
         parser.add_argument("--out", required=True)
         parser.add_argument("--manifest")
         parser.add_argument("--checkpoint", help="fine-tune this one; left out: a new small Llama of the following sizes")
-        for name, value in (("vocab", 2000), ("width", 128), ("layers", 4), ("heads", 4), ("steps", 3000), ("tokens", 4000), ("seed", 0)):
+        for name, value in (("vocab", 2000), ("width", 128), ("layers", 4), ("heads", 4), ("steps", 3000), ("tokens", 3000), ("seed", 0)):
             parser.add_argument(f"--{name}", type=int, default=value)
         parser.add_argument("--lr", type=float, default=2e-3)
         parser.add_argument("--no-synthetic", action="store_true", help="train on the pairs as they are, without sentences of our own mixed in")
