@@ -101,7 +101,7 @@ def _for_backward(x, bank, grad):
     (N, d), K, tile = x.shape, bank.shape[0], _tile(x, bank)
     if _on_triton(x):
         return x.new_empty(N, dtype=torch.float32), x.new_empty(N if grad else 0, d, dtype=torch.float32)
-    kept = N if N * K <= KEPT_ENTRIES else KEPT_ENTRIES // K // tile * tile
+    kept = N if tile >= N else KEPT_ENTRIES[x.itemsize] // K // tile * tile
     return x.new_empty((N + tile - 1) // tile, dtype=torch.float32), x.new_empty(kept if grad else 0, K)
 
 
@@ -142,8 +142,10 @@ _attend.register_autograd(_derivative, setup_context=_save)
 
 # ---- 2. Tiled torch: CPU, other devices, and what the kernels leave ------------------------------------------------------------------
 
-KEPT_ENTRIES = 6 << 20  # of P, for the backward pass
-TILE_ENTRIES = {"cpu": 1 << 20, "cuda": 1 << 23}  # of P in one tile: large enough for the matrix product, small enough for the cache
+# Entries of P, by bytes per entry: kept for the backward pass, and in one tile (large enough for the matrix product, small enough for the
+# cache). Together they stay under a quarter of what eager torch holds at N = 10976, K = 2048.
+KEPT_ENTRIES = {2: 6 << 20, 4: 10 << 20, 8: 5 << 20}
+TILE_ENTRIES = {2: 1 << 20, 4: 1 << 21, 8: 1 << 20}
 # CPU: rounding moves a logit by up to |logit| x the dtype's epsilon, and its probability by that factor. A tile with logits beyond these
 # magnitudes, where it would show, is computed in the next wider dtype.
 WIDER = {torch.bfloat16: (8, torch.float32), torch.float16: (8, torch.float32), torch.float32: (16, torch.float64)}
@@ -152,7 +154,9 @@ WIDER = {torch.bfloat16: (8, torch.float32), torch.float16: (8, torch.float32), 
 def _tile(x, bank):
     """Rows of x per tile: all of them where P is kept whole."""
     N, K = x.shape[0], bank.shape[0]
-    return max(1, N) if N * K <= KEPT_ENTRIES else min(N, max(64, TILE_ENTRIES.get(x.device.type, 1 << 23) // K))
+    if N * K <= KEPT_ENTRIES[x.itemsize]:
+        return max(1, N)
+    return min(N, max(64, (TILE_ENTRIES[x.itemsize] if x.device.type == "cpu" else 1 << 23) // K))
 
 
 def _wider(x):

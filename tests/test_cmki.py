@@ -57,10 +57,10 @@ def test_large_logits_neither_overflow_nor_lose_digits(dtype, unit):
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 def test_rows_beyond_the_kept_probabilities_are_recomputed(dtype, monkeypatch):
-    monkeypatch.setattr(cmki, "KEPT_ENTRIES", 100 * 2048)
-    monkeypatch.setitem(cmki.TILE_ENTRIES, "cpu", 64 * 2048)
+    monkeypatch.setattr(cmki, "KEPT_ENTRIES", dict.fromkeys((2, 4), 200 * 2048))
+    monkeypatch.setattr(cmki, "TILE_ENTRIES", dict.fromkeys((2, 4), 64 * 2048))
     x, bank, g = sample(300, 2048, 48, dtype)
-    x[150:170] *= 50  # one tile of large logits among small ones, another of them kept
+    x[250:260] *= 50  # large logits in a recomputed tile and in a kept one, small ones elsewhere
     x[70:80] *= 50
     assert max(distances(x, bank, g)) < TOLERANCE[dtype]
 
