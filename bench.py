@@ -1,6 +1,7 @@
 """Every performance figure of the project, each beside its peer in one run.
 
-    python bench.py preprocess        python bench.py attention
+    python bench.py preprocess        python bench.py attention        python bench.py summarize
+    python bench.py evaluate          python bench.py ablation
 """
 import argparse
 import statistics
@@ -278,6 +279,91 @@ def bench_attention(arguments):
                       f"{12 * flops / both:.0f} | {12e9 * flops / both / rate:.0%} | {both / faster:.2f} | {memory / 2 ** 20:.1f} |", flush=True)
 
 
+ARMS = {"contrastive": ("none", 0.0, 0.0), "+ summaries": ("", 0.0, 0.0), "+ bank": ("none", 0.5, 1.0), "+ both: BrgSA": ("", 0.5, 1.0)}  # summaries, alpha, gamma
+
+
+def bench_ablation(arguments):
+    """Four arms on the phantom, each seed and budget the same: AUROC, modality gap and its picture; a table, its CSV and a PNG in assets/.
+
+    Differences are paired: every arm is scored on the same scans and resampled with the same patients, its seeds' AUROC averaged.
+    Finished runs in --out are used again, so that more seeds can be added and a stopped bench goes on.
+    """
+    import json
+    from pathlib import Path
+
+    import numpy as np
+    from matplotlib.figure import Figure
+
+    import data
+    import evaluate
+    import train
+    train.keep_freed_memory()
+    manifest, summaries = str(train.phantom_manifest()), train.phantom_summaries()
+    rows, _ = evaluate.select_rows(manifest, "valid")
+    groups = {"CT-RATE's 18": slice(0, 18), "CT-RATE-LT's 15": slice(18, 33)}
+    auroc, draws, gaps, pictures = {}, {}, {}, {}
+    for seed in range(arguments.seeds):
+        for arm, (told, alpha, gamma) in ARMS.items():
+            out = Path(arguments.out) / f"{clean_name(arm)}-{seed}"
+            if not (out / "evaluation" / "metrics.json").exists():
+                command = ["--manifest", manifest, "--summaries", told or summaries, "--preset", "phantom", "--alpha", str(alpha), "--gamma", str(gamma),
+                           "--epochs", str(arguments.epochs), "--seed", str(seed), "--out", str(out), "--resume"]
+                if train.main(command):
+                    return print("stopped; the same command goes on")
+            scores, labels, classes = evaluate.join(evaluate.read_scores(out / "evaluation" / "scores.csv"), rows)
+            patients = [row.patient for row in rows]
+            values = evaluate.auroc(scores, labels)
+            drawn = evaluate.bootstrap(scores, labels, patients, np.zeros(len(classes)), n=2000)["auroc"]
+            for name, part in groups.items():
+                auroc.setdefault((arm, name), []).append(np.nanmean(values[part]))
+                draws.setdefault((arm, name), []).append(np.nanmean(drawn[:, part], 1))
+            result = json.loads((out / "evaluation" / "metrics.json").read_text())
+            gaps.setdefault(arm, []).append(result["gap"])
+            if seed == 0:
+                study = evaluate.Study(out, manifest, None, None, evaluate.PAIRS[:2], {})
+                v = study.embed(rows)[1]
+                pictures[arm] = study.texts_and_volumes(rows, v, None if told == "none" else summaries)["gap_picture"]
+
+    percent = lambda values: f"{100 * np.mean(values):.1f} ± {100 * np.std(values, ddof=1 if len(values) > 1 else 0):.1f}"
+    lines = [f"| arm | {' | '.join(f'{name}, macro AUROC | against contrastive (95 %), p' for name in groups)} | gap: centroid distance | "
+             "linear separability | the same after the bank |", "|---" * 8 + "|"]
+    for arm, (told, alpha, gamma) in ARMS.items():
+        cells = []
+        for name in groups:
+            difference = np.mean(draws[arm, name], 0) - np.mean(draws["contrastive", name], 0)
+            low, high = evaluate.interval(difference)
+            p = min(1.0, 2 * min((1 + (difference <= 0).sum()), (1 + (difference >= 0).sum())) / (1 + len(difference)))
+            cells += [percent(auroc[arm, name]), "" if arm == "contrastive" else
+                      f"{100 * (np.mean(auroc[arm, name]) - np.mean(auroc['contrastive', name])):+.1f} ({100 * low:+.1f} to {100 * high:+.1f}), {p:.3f}"]
+        gap = lambda when, key: np.mean([result[when][key] for result in gaps[arm]])
+        cells += [f"{gap('before', 'centroid_distance'):.2f}", f"{gap('before', 'linear_separability'):.2f}",
+                  f"{gap('after', 'centroid_distance'):.2f}, {gap('after', 'linear_separability'):.2f}" if gamma else ""]
+        lines.append(f"| {arm} | " + " | ".join(cells) + " |")
+    text = "\n".join(lines) + f"\n\n{arguments.seeds} seeds, {arguments.epochs} epochs each, {len(rows)} volumes of {len(set(patients))} patients\n"
+    print(text)
+    data.write_atomically(Path("assets/ablation.md"), text.encode())
+
+    figure = Figure(figsize=(13, 3.6 * 2), layout="constrained")
+    for column, (arm, picture) in enumerate(pictures.items()):
+        for line, when in enumerate(("before", "after")):
+            axes = figure.add_subplot(2, len(pictures), line * len(pictures) + column + 1)
+            axes.set(xticks=[], yticks=[], aspect="equal", title=arm if when == "before" else "after the bank", adjustable="datalim")
+            if when == "after" and not ARMS[arm][2]:
+                axes.set_axis_off()
+                axes.set_title("no bank", color="grey")
+                continue
+            for points, colour, label in zip(picture[when], ("#2563b0", "#c8641b"), ("scans", "texts")):
+                axes.scatter(*np.array(points).T, s=9, c=colour, alpha=0.55, linewidths=0, label=label)
+            if line == column == 0:
+                axes.legend(frameon=False)
+    figure.savefig("assets/ablation.png", dpi=80)
+
+
+def clean_name(text):
+    """A folder's name for an arm."""
+    return "".join(letter if letter.isalnum() else "-" for letter in text).strip("-")
+
+
 def timed(call):
     start = time.perf_counter()
     call()
@@ -299,6 +385,11 @@ def main():
     command.set_defaults(run=bench_summarize)
     command = commands.add_parser("attention", help="the bank's attention beside eager torch and F.scaled_dot_product_attention")
     command.set_defaults(run=bench_attention)
+    command = commands.add_parser("ablation", help="plain contrastive learning, with summaries, with the bank, with both, on the phantom")
+    command.add_argument("--seeds", type=int, default=3)
+    command.add_argument("--epochs", type=int, default=24)
+    command.add_argument("--out", default="runs/ablation")
+    command.set_defaults(run=bench_ablation)
     arguments = parser.parse_args()
     arguments.run(arguments)
 

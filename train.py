@@ -34,7 +34,8 @@ from tqdm import tqdm
 import data
 import evaluate
 import phantom
-from cmki import alignment_loss
+import summarize
+from cmki import alignment_loss, kmeans
 from model import PRESETS, BrgSA, Config, TextEncoder, train_tokenizer
 
 
@@ -46,7 +47,7 @@ def setting(default, help):
 class Settings:
     """A training run; the defaults are the authors' (REFERENCE: Adam, 39 epochs of batch 64)."""
     manifest: str = setting("", "manifest.csv; without one the phantom is written and used")
-    summaries: str = setting("", "summaries.jsonl of the manifest's reports; without, the raw reports are the texts")
+    summaries: str = setting("", "summaries.jsonl of the manifest's reports, the texts; none: the raw reports are. The phantom's are written by summarize.py")
     preset: str = setting("", f"of model and schedule: {', '.join(PRESETS)}; default: phantom without a manifest, else base")
     out: str = setting("", "the run's folder; default: runs/PRESET")
     resume: bool = setting(False, "go on with the run in --out, with its own settings; begin it where there is none")
@@ -68,6 +69,8 @@ class Settings:
     beta: float = setting(1.0, "weight of InfoNCE(v, t)")
     gamma: float = setting(1.0, "weight of InfoNCE(v_hat, t_hat)")
     learn_scale: bool = setting(False, "learn InfoNCE's scale, else it stays 10")
+    bank_init: str = setting("orthogonal", "how the bank begins: orthogonal, gaussian, xavier, uniform, or kmeans of the first embeddings")
+    bank_frozen: bool = setting(False, "keep the bank as it begins")
     holdout: float = setting(0.05, "share of the training patients held back to choose the best model by")
     seed: int = setting(0, "of everything random")
     workers: int = setting(min(8, os.cpu_count()) if torch.cuda.is_available() else 0, "processes that load volumes")
@@ -80,6 +83,7 @@ SCHEDULES = {
 }
 PHANTOM = dict(train=800, valid=240, seed=0)
 PHANTOM_FOLDER = Path("runs/phantom-data")
+SUMMARIZER = Path(__file__).parent / "checkpoints" / "summarizer"
 
 
 # ----------------------------------------------------------------------------------------------------------------- the parts
@@ -92,6 +96,12 @@ def phantom_manifest(folder=PHANTOM_FOLDER):
     if not manifest.exists():
         data.write_manifest(data.ct_rate_manifest(folder, "train") + data.ct_rate_manifest(folder, "valid"), manifest)
     return manifest
+
+
+def phantom_summaries(device="cpu", folder=PHANTOM_FOLDER):
+    """Summarize the phantom's reports with its own small language model, those not yet done; returns summaries.jsonl's path."""
+    summarize.run(SUMMARIZER, folder / "manifest.csv", folder / "summaries.jsonl", device=device)
+    return str(folder / "summaries.jsonl")
 
 
 def training_rows(rows, holdout):
@@ -128,6 +138,16 @@ class BatchKeys:
 def collate(pairs):
     volumes, texts = zip(*pairs)
     return torch.stack(volumes), list(texts)
+
+
+@torch.no_grad()
+def first_entries(model, pairs, batch, device):
+    """Entries (bank_size, dim) to begin the bank with: k-means of the untrained model's embeddings of both modalities, up to two of each an entry."""
+    size = len(model.bank.weight)
+    items = range(min(len(pairs), 2 * size))
+    parts = (collate([pairs[0, item] for item in items[i:i + batch]]) for i in items[::batch])
+    embeddings = [x for volumes, texts in parts for x in (model.encode_image(volumes.to(device)), model.encode_text(texts))]
+    return kmeans(torch.cat(embeddings), size)
 
 
 def gathered(embeddings):
@@ -274,7 +294,7 @@ def train(settings):
     out, state_file = Path(settings.out), Path(settings.out) / "state" / "last.safetensors"
 
     # data
-    summaries = data.read_summaries(settings.summaries) if settings.summaries else {}
+    summaries = {} if settings.summaries in ("", "none") else data.read_summaries(settings.summaries)
     config = model_config(settings)
     cache = data.Cache(settings.cache or Path(settings.manifest).parent / "cache", config.spacing, config.shape, config.hu_range)
     rows, held_out = training_rows(data.read_manifest(settings.manifest), settings.holdout)
@@ -304,6 +324,9 @@ def train(settings):
     if not state_file.exists():
         volumes, first_texts = collate([pairs[0, item] for item in range(min(len(pairs), 64))])
         model.initialise(volumes.to(device), first_texts)
+        if settings.bank_init == "kmeans":
+            model.bank.reset(first_entries(model, pairs, settings.batch, device))
+    model.bank.weight.requires_grad_(not settings.bank_frozen)
     optimizer = make_optimizer(model, settings)
     amp = mixed_precision(device)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
@@ -399,6 +422,7 @@ def model_config(settings):
         config = replace(config, vocabulary=text.word_embeddings.num_embeddings, text_width=text.width, text_depth=len(text.blocks),
                          text_heads=text.blocks[0].attn.heads, text_positions=text.position_embeddings.num_embeddings)
     return replace(config, vision=settings.vision or config.vision, learn_scale=settings.learn_scale,
+                   bank_init=config.bank_init if settings.bank_init == "kmeans" else settings.bank_init,
                    trained_on="phantom" if (Path(settings.manifest).parent / "phantom.json").exists() else "")
 
 
@@ -447,6 +471,8 @@ def main(argv=None):
             phantom_manifest()
         if world > 1:
             dist.barrier()
+        if not settings.summaries:
+            settings.summaries = phantom_summaries(settings.device)
     data.read_manifest(settings.manifest)  # what is wrong with it is said before anything is written
     if not train(settings):
         print(f"stopped; python train.py --out {settings.out} --resume goes on", file=sys.stderr)
@@ -463,7 +489,7 @@ def finish(settings):
     split = next((name for name in ("test", "valid", "validation") if name in splits), None)
     if split:
         result = evaluate.evaluate(settings.out, settings.manifest, split, Path(settings.out) / "evaluation", pairs=scoring(settings),
-                                   cache=settings.cache or None, device=settings.device, summaries=settings.summaries or None)
+                                   cache=settings.cache or None, device=settings.device, summaries=None if settings.summaries in ("", "none") else settings.summaries)
         print(evaluate.evaluation_table(result))
     print(f"\nthe model, its curves and its log: {settings.out}/   " + (f"the evaluation: {settings.out}/evaluation/report.html" if split else "")
           + f"\none scan: python evaluate.py {settings.out} --volume scan.nii.gz")

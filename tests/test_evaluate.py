@@ -451,6 +451,37 @@ def test_a_synthetic_rad_chestct_runs_end_to_end(tmp_path):
     Page((tmp_path / "out" / "report.html").read_text())
 
 
+def test_a_synthetic_ct_rate_lt_runs_end_to_end(tmp_path):
+    """Labels of the 18 and of the rare 15 in two files, one scan in the first alone; only a benchmark's own classes are scored."""
+    rng, names = np.random.default_rng(0), [f"valid_{i // 2}_a_{i % 2 + 1}" for i in range(16)]
+    for name in names:
+        folder = tmp_path / "valid_fixed" / name[:-4] / name[:-2]
+        folder.mkdir(parents=True, exist_ok=True)
+        write_scan(folder / f"{name}.nii.gz", names.index(name))
+    tables = {"radiology_text_reports/validation_reports.csv": (["VolumeName", "Findings_EN", "Impressions_EN"], lambda i: [f"Nodule {i // 2}.", "Not given."]),
+              "metadata/validation_metadata.csv": (["VolumeName", "RescaleSlope", "RescaleIntercept", "XYSpacing", "ZSpacing"], lambda i: [1, 0, "[8.0, 8.0]", 8.0]),
+              "multi_abnormality_labels/valid_predicted_labels.csv": (["VolumeName", *data.CT_RATE], lambda i: rng.integers(2, size=18)),
+              "multi_abnormality_labels/ct_rate_lt_labels.csv": (["VolumeName", *data.CT_RATE_LT], lambda i: rng.integers(2, size=15))}
+    for file, (header, values) in tables.items():
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        kept = names[:-2] if "lt_labels" in file else names
+        (tmp_path / file).write_text("\n".join(",".join(f'"{value}"' for value in line) for line in
+                                               [header, *([f"{name}.nii.gz", *values(i)] for i, name in enumerate(kept))]) + "\n")
+    made = subprocess.run([sys.executable, "data.py", "manifest", "--dataset", "ct-rate", "--root", tmp_path, "--split", "valid", "--out",
+                           tmp_path / "manifest.csv"], cwd=ROOT, capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr
+    run = make_run(tmp_path / "run")
+    for benchmark, classes, known in (("ct-rate", data.CT_RATE, 16), ("ct-rate-lt", data.CT_RATE_LT, 14)):
+        result = evaluate.evaluate(run, tmp_path / "manifest.csv", out=tmp_path / benchmark, benchmark=benchmark)
+        assert list(result["volume"]["classes"]) == classes and result["volumes"] == 16 and result["scans"] == 8
+        rows = data.read_manifest(tmp_path / "manifest.csv")
+        assert sum(not math.isnan(row.labels.get(classes[0], math.nan)) for row in rows) == known
+        positives = sum(row.labels.get(classes[0]) == 1 for row in rows)
+        assert result["volume"]["classes"][classes[0]]["positives"] == positives > 0
+        assert 0 < result["volume"]["macro"]["all"]["auroc"] < 1
+        Page((tmp_path / benchmark / "report.html").read_text())
+
+
 def test_pointing_counts_maps_whose_maximum_lies_within_one_patch_of_the_lesion(tmp_path, monkeypatch):
     run, rows = make_run(tmp_path / "run", trained_on="phantom"), []
     (tmp_path / "masks").mkdir()

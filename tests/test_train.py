@@ -85,6 +85,16 @@ def test_it_learns_from_reports_what_it_never_saw_a_label_of(tmp_path):
     assert len(load_file(tmp_path / "run" / "reference.safetensors")["v_hat"]) == 60
 
 
+def test_the_bank_begins_from_kmeans_and_stays_where_it_is_frozen(tmp_path):
+    easy_manifest(tmp_path)
+    banks = {}
+    for out, arguments in {"two": ["--bank-frozen"], "one": ["--bank-frozen", "--epochs", 1], "trained": []}.items():
+        assert run(tmp_path, "--epochs", 2, *arguments, "--bank-init", "kmeans", out=out) == 0
+        banks[out] = load_file(tmp_path / out / "model.safetensors")["bank.weight"]
+    assert torch.equal(banks["one"], banks["two"]) and not torch.equal(banks["one"], banks["trained"])
+    assert (banks["one"].norm(dim=1) - 1).abs().max() > 0.1  # an orthogonal bank's entries all have length 1
+
+
 def test_with_reports_shuffled_among_scans_it_learns_nothing(tmp_path):
     easy_manifest(tmp_path, shuffle=True)
     run(tmp_path, "--summaries", tmp_path / "summaries.jsonl", "--epochs", 40)
