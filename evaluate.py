@@ -584,7 +584,9 @@ def heatmap(model, hu, texts, method=None, pairs=PAIRS[:2]):
     """Where a preprocessed volume hu (X, Y, Z) supports the prompts `texts`: (gx, gy, gz), one value a patch.
 
     "similarity": cosine of each patch's projected feature with the prompts. "rollout" (ViT; the default there): attention weighted by the
-    score's positive gradient, rolled out over the layers (Chefer et al. 2021). "gradcam" (CNN; the default there): Selvaraju et al. 2017.
+    score's positive gradient, rolled out over the layers (Chefer et al. 2021). "gradcam" (CNN; the default there): of the deepest stage
+    that still has four cells along each axis; the last stage's features are weighted by their mean gradient (Selvaraju et al. 2017),
+    which is exact there, an earlier one's each by its own (HiResCAM, Draelos and Carin 2020), as a mean would lose the place.
     """
     vit = model.config.vision == "vit"
     own = "rollout" if vit else "gradcam"
@@ -604,7 +606,7 @@ def heatmap(model, hu, texts, method=None, pairs=PAIRS[:2]):
             hooks.append(block.attn.qkv.register_forward_hook(lambda module, args, output: seen.append([output])))
             hooks.append(block.attn.proj.register_forward_pre_hook(lambda module, args: seen[-1].append(args[0])))
     else:
-        hooks.append(model.vision.blocks.register_forward_hook(lambda module, args, output: seen.append([None, output])))
+        hooks += [block.register_forward_hook(lambda module, args, output: seen.append([None, output])) for block in model.vision.blocks]
     try:
         with torch.enable_grad():
             v = model.encode_image(volumes)
@@ -618,8 +620,11 @@ def heatmap(model, hu, texts, method=None, pairs=PAIRS[:2]):
             grid = tuple(size // step for size, step in zip(volumes.shape[2:], model.config.patch))
             layers = [(qkv[0], gradient[0]) for (qkv, _), gradient in zip(seen, gradients)]
             return rollout(layers, model.config.vit_heads)[1:].view(grid).cpu().numpy()
-        features, gradient = seen[0][1][0], gradients[0][0]                                                               # (C, gx, gy, gz)
-        return (features * gradient.mean(dim=(1, 2, 3), keepdim=True)).sum(0).relu().cpu().numpy()
+        fine = [i for i, (_, output) in enumerate(seen) if min(output.shape[2:]) >= 4] or [len(seen) - 1]
+        features, gradient = seen[fine[-1]][1][0], gradients[fine[-1]][0]                                                 # (C, gx, gy, gz)
+        if features.shape == seen[-1][1][0].shape:
+            gradient = gradient.mean(dim=(1, 2, 3), keepdim=True)
+        return (features * gradient).sum(0).relu().cpu().numpy()
 
 
 def rollout(layers, heads, rows=256):
