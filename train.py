@@ -81,7 +81,7 @@ SCHEDULES = {
     "base": {},
     "phantom": dict(epochs=40, batch=32, optimizer="adamw", lr=3e-3, beta1=0.9, weight_decay=0.02, schedule="cosine", warmup=30, clip=1.0, holdout=0.1),
 }
-PHANTOM = dict(train=800, valid=240, seed=0)
+PHANTOM = dict(train=800, valid=240, seed=0, masks=True)
 PHANTOM_FOLDER = Path("runs/phantom-data")
 SUMMARIZER = Path(__file__).parent / "checkpoints" / "summarizer"
 
