@@ -20,7 +20,6 @@ import sys
 import time
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import product
 from pathlib import Path
 
 import jinja2
@@ -432,205 +431,117 @@ def choose(logits, temperature, top_p, draws):
 
 
 # ------------------------------------------------------------------------------------------------ the task: what is asked, how it is read
-# Preferred names -> other ways to say them, "|" between; each word may be one of several, "/" between ("_" is a space within one).
-# CT-RATE's 18, then CT-RATE-LT's 15. An answer in other words counts as the preferred name.
+# Preferred names -> other ways to say them ("|" between). CT-RATE's 18, then CT-RATE-LT's 15; an answer in other words counts as the preferred name.
 BENCHMARK_NAMES = {
     "Medical material":
-        "catheter|central_venous/port/dialysis/indwelling catheter|pacemaker/defibrillator lead/electrode/generator|cardiac pacemaker"
-        "|implantable/implanted device/defibrillator|coronary/vascular/bronchial/esophageal stent|surgical/metallic clip/suture/staple"
-        "|staple line|sternal/sternotomy wire/cerclage|median sternotomy material"
-        "|endotracheal/tracheal/tracheostomy/nasogastric/feeding/chest/drainage tube|tracheostomy cannula"
-        "|chest/thoracic/pleural/pericardial drain|pigtail drain|prosthetic/mechanical/artificial valve|valve prosthesis"
-        "|breast/orthopedic/metallic implant|spinal/vertebral/internal fixation/hardware/screws"
-        "|surgical/foreign/metallic/prosthetic material|port reservoir|venous line",
+        "catheter|port catheter|central venous catheter|pacemaker|stent|coronary stent|surgical clip|surgical suture|sternal wire"
+        "|sternotomy wire|endotracheal tube|tracheostomy tube|chest tube|thoracic drain|feeding tube|prosthetic valve|implanted device"
+        "|surgical material",
     "Arterial wall calcification":
-        "aortic/arterial/vascular calcification|aortic/arterial/vascular wall calcification"
-        "|calcified/calcific aortic/arterial/aortoiliac plaque"
-        "|calcific/calcified plaque/deposit of/in/along the aorta/aortic_arch/thoracic_aorta/supraaortic_branches"
-        "|calcification of/in/along the aorta/aortic_arch/descending_aorta/great_vessels/arterial_walls"
-        "|calcified aorta/aortic_wall/aortic_arch/arterial_wall|calcium in the aortic/arterial wall"
-        "|mural calcification of the aorta/arteries",
+        "aortic calcification|aortic wall calcification|calcified aortic plaque|calcific plaque of the aorta|vascular wall calcification"
+        "|calcification of the great vessels|calcified arterial wall",
     "Cardiomegaly":
-        "enlarged/dilated/large heart|enlargement/dilatation of the heart/cardiac_chambers|heart/cardiac/cardiac_chamber enlargement"
-        "|increased cardiothoracic ratio/index|enlarged/widened/increased cardiac silhouette/contour/shadow|increased heart/cardiac size"
-        "|increase in heart/cardiac size|global cardiac dilatation|heart larger than normal|biventricular enlargement"
-        "|elevated cardiothoracic ratio",
+        "enlarged heart|heart enlargement|cardiac enlargement|increased cardiothoracic ratio|enlarged cardiac silhouette|dilated heart"
+        "|increased heart size",
     "Pericardial effusion":
-        "pericardial fluid/liquid/collection|pericardial fluid collection|fluid/liquid/effusion around/surrounding the heart"
-        "|fluid/liquid/collection/effusion in/within the pericardium/pericardial_space/pericardial_sac/pericardial_cavity"
-        "|free pericardial fluid|fluid between the pericardial layers/leaves|increased pericardial fluid|accumulation of pericardial fluid"
-        "|hydropericardium|smear-like pericardial fluid",
+        "pericardial fluid|fluid around the heart|fluid in the pericardial space|pericardial fluid collection|effusion in the pericardium",
     "Coronary artery wall calcification":
-        "coronary calcification/calcium|coronary artery/arterial/vessel/wall calcification"
-        "|calcified/calcific coronary plaque/deposit/artery/vessel"
-        "|calcific/calcified plaque/deposit in/along the coronary_arteries/coronary_vessels/left_anterior_descending_artery/circumflex_artery/right_coronary_artery"
-        "|calcification of/in/along the coronary_arteries/coronary_vessels/left_anterior_descending_artery/circumflex/right_coronary_artery/left_main"
-        "|coronary calcium deposit|calcium in the coronary wall/arteries|coronary atherosclerotic calcification",
+        "coronary calcification|coronary artery calcification|calcified coronary plaque|calcific coronary plaque|coronary calcium"
+        "|calcified coronary artery|calcification of the left anterior descending artery",
     "Hiatal hernia":
-        "hiatus hernia|sliding/paraesophageal/axial/hiatal/diaphragmatic_hiatus hernia/herniation|herniated stomach/fundus"
-        "|herniation of the stomach/gastric_fundus/cardia into/to the chest/thorax/mediastinum|gastric herniation/hernia"
-        "|gastric herniation/protrusion through the hiatus/diaphragm|intrathoracic/thoracic stomach"
-        "|part of the stomach above/over the diaphragm"
-        "|stomach/gastric_fundus/gastric_portion in/within the chest/thorax/thoracic_cavity/posterior_mediastinum"
-        "|widened/enlarged/dilated esophageal hiatus"
-        "|protrusion/displacement/migration of the stomach/fundus/gastroesophageal_junction through/above the hiatus/diaphragm"
-        "|stomach protruding/sliding through the hiatus/diaphragm|upward displacement of the gastroesophageal_junction/stomach",
+        "hiatus hernia|sliding hernia|sliding hiatal hernia|herniation of the stomach|gastric herniation into the thorax"
+        "|intrathoracic stomach",
     "Lymphadenopathy":
-        "enlarged/pathologic/pathological/prominent/suspicious lymph node"
-        "|enlarged hilar/mediastinal/axillary/paratracheal/subcarinal node/lymph_node|lymph node enlargement|nodal enlargement"
-        "|hilar/mediastinal/axillary/paratracheal adenopathy/lymphadenopathy|adenopathy|lymphadenomegaly|lymph node of/with pathologic size"
-        "|lymph node exceeding/above 10_mm/one_centimetre|enlargement of the lymph_nodes/hilar_nodes/mediastinal_nodes|nodal mass"
-        "|lymph node conglomerate|bulky node",
+        "enlarged lymph node|pathologic lymph node|lymph node enlargement|nodal enlargement|adenopathy|enlarged hilar node"
+        "|enlarged mediastinal node|lymphadenomegaly",
     "Emphysema":
-        "emphysematous change/area/destruction/lung/parenchyma/disease|pulmonary/lung/parenchymal emphysema"
-        "|centrilobular/centriacinar/paraseptal/panlobular/bullous emphysema|bulla|emphysematous/subpleural bulla/bleb"
-        "|bullous change/disease|destruction of alveolar_walls/the_lung_parenchyma|low attenuation area without walls"
-        "|parenchymal destruction/rarefaction|hyperlucent destroyed lung",
+        "emphysematous change|pulmonary emphysema|lung emphysema|centrilobular emphysema|paraseptal emphysema|panlobular emphysema"
+        "|emphysematous area|emphysematous destruction",
     "Atelectasis":
-        "atelectatic change/band/area/lung/segment/density|lobar/lung/segmental/subsegmental/pulmonary collapse"
-        "|collapse of a_segment/the_lobe/the_lower_lobe/the_lung|volume loss|loss of volume/lung_volume"
-        "|plate-like/linear/passive/compressive/band/discoid/dependent/subsegmental/lobar atelectasis"
-        "|collapsed lung/lobe/segment/parenchyma|airless lung/segment/lobe|incomplete/reduced expansion/aeration of the lung/lobe"
-        "|loss of aeration",
+        "atelectatic change|atelectatic band|lobar collapse|lung collapse|subsegmental collapse|volume loss|plate-like atelectasis"
+        "|linear atelectasis|passive atelectasis|collapsed lung segment",
     "Lung nodule":
-        "pulmonary/solid/subsolid/parenchymal/subpleural/calcified/noncalcified nodule|nodule"
-        "|nodular lesion/focus/density/opacity/structure|micronodule|nodule in/within/of the lung/lung_parenchyma"
-        "|small/tiny round/rounded lesion/focus|round/rounded pulmonary lesion/focus|millimetric nodule|ground-glass nodule"
-        "|focal nodular density|coin lesion",
+        "pulmonary nodule|nodule|nodular lesion|solid nodule|subsolid nodule|micronodule|parenchymal nodule|nodule in the lung"
+        "|small round lesion",
     "Lung opacity":
-        "pulmonary/parenchymal/lung/patchy/hazy opacity|opacity"
-        "|ground-glass/ground_glass opacity/density/area/attenuation/change/infiltrate"
-        "|increased/hazy/higher lung/parenchymal density/attenuation|increase in lung/parenchymal density|lung/pulmonary opacification"
-        "|hazy density/area/veil|opacification of the lung/parenchyma|frosted-glass density/appearance|veil-like density|infiltrate",
+        "pulmonary opacity|ground-glass opacity|ground glass density|ground-glass area|opacity|hazy density|increased lung density"
+        "|lung opacification|hazy opacity",
     "Pulmonary fibrotic sequela":
-        "fibrotic sequela/scar/band/strand/streak|sequela/sequelae/sequelar/residual/cicatricial change/lesion/density"
-        "|parenchymal/pulmonary/lung/apical/pleuroparenchymal scar/scarring/sequela|scar tissue"
-        "|post-infectious/postinfectious/old/healed/residual scar/fibrosis/lesion|fibrous/fibrotic band/strand/cord"
-        "|residue/remnant/trace of an_old_infection/a_past_disease/previous_disease|sequela of a_past/an_old infection/process/disease"
-        "|linear scarring|cicatrix|scarred lung",
+        "fibrotic sequela|sequela change|fibrotic scar|parenchymal scar|pulmonary scarring|fibrotic band|apical scarring|scar tissue"
+        "|post-infectious scar|pleuroparenchymal sequela|residual fibrosis of an old disease",
     "Pleural effusion":
-        "pleural fluid/liquid/collection|pleural fluid collection"
-        "|fluid/liquid/effusion/collection in/within the pleural_space/pleural_cavity/pleural_sac/hemithorax/costophrenic_angle|hydrothorax"
-        "|fluid around/surrounding the lung|free/loculated/layering pleural/thoracic fluid|fluid between the pleural layers/leaves"
-        "|accumulation/collection of pleural_fluid/fluid_in_the_pleura|effusion in/of the pleura|parapneumonic effusion",
+        "pleural fluid|fluid in the pleural space|pleural fluid collection|hydrothorax|fluid around the lung"
+        "|effusion in the pleural cavity",
     "Mosaic attenuation pattern":
-        "mosaic attenuation/perfusion/pattern/density/appearance|mosaic lung attenuation"
-        "|patchwork/patchy/heterogeneous/inhomogeneous/uneven attenuation/aeration/density of the lung/lungs/parenchyma"
-        "|heterogeneous/inhomogeneous/patchwork/mottled lung/parenchymal attenuation/density/aeration"
-        "|alternating areas of differing/different density/attenuation|geographic attenuation/density difference"
-        "|attenuation/density difference between lobules|mosaic of light_and_dark/dense_and_lucent lobules",
+        "mosaic attenuation|mosaic perfusion|mosaic pattern|mosaic density|patchwork attenuation of the lungs"
+        "|heterogeneous lung attenuation",
     "Peribronchial thickening":
-        "peribronchial cuffing/infiltration/thickness_increase|peribronchial wall/tissue/interstitial/sheath thickening"
-        "|peribronchovascular/peribronchiolar/bronchovascular thickening/cuffing|thickening/cuffing around the bronchi/airways"
-        "|thickened peribronchial/peribronchovascular tissue/interstitium/sheath|thickness increase around the bronchi"
-        "|thickened tissue around the bronchi/airways"
-        "|thickening of the peribronchial_tissue/peribronchial_interstitium/bronchovascular_bundles|cuffing of the bronchi"
-        "|increased peribronchial thickness",
+        "peribronchial cuffing|peribronchial wall thickening|peribronchovascular thickening|peribronchial thickness increase"
+        "|thickened peribronchial tissue",
     "Consolidation":
-        "airspace/lobar/segmental/alveolar/parenchymal/lung consolidation"
-        "|consolidated/consolidative area/lung/segment/lobe/parenchyma/focus|airspace/alveolar disease/opacification/filling/opacity"
-        "|filling/opacification of the alveoli/airspaces|air bronchogram|density with air_bronchograms"
-        "|consolidation of the lung/lobe/segment|dense airspace/parenchymal opacity|hepatization|solidified lung",
+        "airspace consolidation|consolidated area|consolidated lung|consolidative area|airspace disease|alveolar filling"
+        "|consolidated segment",
     "Bronchiectasis":
-        "bronchiectatic change/segment/airway/bronchi|dilated/widened/ectatic/enlarged bronchus/bronchi/airway"
-        "|bronchial/airway dilatation/dilation/widening/ectasia"
-        "|dilatation/dilation/widening/enlargement/ectasia of the bronchi/airways/bronchial_tree/bronchial_lumen"
-        "|traction/cylindrical/cystic/varicose/tubular bronchiectasis|signet ring sign|bronchi wider than the_adjacent_artery/their_vessels"
-        "|tram-track airway/bronchi|nontapering bronchi",
+        "bronchiectatic change|dilated bronchus|dilated bronchi|bronchial dilatation|ectatic bronchi|widened bronchi"
+        "|dilatation of the airways|bronchial ectasia",
     "Interlobular septal thickening":
-        "septal/interlobular/interlobular_septum thickening|smooth/nodular septal thickening"
-        "|thickened/prominent/widened interlobular/pulmonary/interstitial septum/septa"
-        "|thickening/prominence/widening of the septa/interlobular_septa|interlobular septal line/prominence/widening"
-        "|septal line/prominence|kerley line/b_line|increased septal/interlobular marking/thickness|coarse/thick septa",
+        "septal thickening|thickened interlobular septum|thickened interlobular septa|thickening of the septa|interlobular septal line"
+        "|kerley line|prominent septa",
     "Pneumonia":
-        "pneumonic infiltration/infiltrate/change/consolidation/process/focus|bronchopneumonia"
-        "|lobar/viral/bacterial/atypical/organizing/covid/infectious/aspiration pneumonia"
-        "|lung/pulmonary/parenchymal/chest/lower_respiratory infection"
-        "|infectious/inflammatory infiltrate/infiltration/process/consolidation|infectious process of the lung"
-        "|infection of the lung/parenchyma|pneumonitis|viral/infective infiltrate|inflammatory lung disease",
-    "Pneumothorax":
-        "free/trapped pleural air/gas|intrapleural/pleural air/gas|air/gas in/within the pleural_space/pleural_cavity/pleura/pleural_sac"
-        "|air/gas between the pleural_layers/lung_and_chest_wall|pleural air/gas collection|collection of pleural_air/air_in_the_pleura"
-        "|tension/apical pneumothorax|retracted lung with_pleural_air|visible visceral pleural_line",
+        "pneumonic infiltration|pneumonic infiltrate|bronchopneumonia|lobar pneumonia|lung infection|infectious infiltrate"
+        "|infectious process of the lung|pulmonary infection",
+    "Pneumothorax": "free pleural air|air in the pleural space|intrapleural air|air in the pleural cavity|pleural air",
     "Empyema":
-        "pleural/thoracic empyema|infected/purulent/septated/suppurative pleural fluid/effusion/collection/liquid"
-        "|pus/suppuration in/within the pleural_space/pleural_cavity/pleura|pyothorax"
-        "|encapsulated/rim-enhancing/organized pleural collection/effusion|infection of the pleural_fluid/pleural_space/pleura"
-        "|pleural abscess|split pleura sign|pleural fluid with_enhancing_walls/with_gas_bubbles|purulent pleurisy",
+        "pleural empyema|infected pleural fluid|infected pleural effusion|pus in the pleural space|pyothorax|purulent pleural collection"
+        "|septated pleural collection",
     "Tuberculosis":
-        "pulmonary/active/miliary/post-primary/postprimary/primary/cavitary tuberculosis"
-        "|tuberculous infection/disease/process/cavity/focus/change|mycobacterial/tubercular/specific infection/disease|tb"
-        "|active/pulmonary tb|koch disease|infection with mycobacteria|tubercular change/cavity",
+        "pulmonary tuberculosis|active tuberculosis|tuberculous infection|tuberculous disease|post-primary tuberculosis"
+        "|mycobacterial infection|tuberculous cavity",
     "Pulmonary fibrosis":
-        "lung/interstitial/parenchymal/diffuse/idiopathic fibrosis|fibrosis of the lung/lungs/interstitium"
-        "|fibrotic/fibrosing lung/interstitial/pulmonary disease/change/pattern|honeycomb lung/change/cyst/pattern|honeycombing"
-        "|usual interstitial pneumonia|usual interstitial pneumonia pattern|uip pattern|interstitial lung disease with_fibrosis"
-        "|reticulation with_honeycombing|fibrotic remodelling/remodeling/architecture",
+        "lung fibrosis|interstitial fibrosis|fibrotic lung disease|fibrosing interstitial disease|honeycomb lung|honeycombing"
+        "|usual interstitial pneumonia pattern",
     "Lung cyst":
-        "pulmonary/parenchymal/air/air-filled/thin-walled/intrapulmonary cyst|cystic airspace/lesion/space/change"
-        "|cyst in/within/of the lung/lung_parenchyma/lobe|cystic lesion/cavity/space in/of the lung|thin-walled air space/cavity"
-        "|pneumatocele|air-filled cavity with a_thin_wall|round lucency with a_thin_wall|cystic lung lesion",
+        "pulmonary cyst|air cyst|thin-walled cyst|cystic airspace|parenchymal cyst|air-filled cyst|cyst in the lung"
+        "|cystic lesion of the lung",
     "Bronchial thickening":
-        "bronchial/airway/bronchus wall thickening|bronchial wall thickness_increase|thickened/thick bronchial/airway/bronchus wall"
-        "|thickening of the bronchial_wall/bronchial_walls/airway_walls/bronchi/walls_of_the_bronchi|thick-walled/thickened bronchi/airway"
-        "|airway thickening|increased bronchial/airway wall thickness|increase in bronchial_wall/airway_wall thickness"
-        "|bronchial walls thicker than_usual|inflammatory bronchial/airway wall change|bronchial mural thickening",
+        "bronchial wall thickening|thickened bronchial wall|thickening of the bronchial walls|thick-walled bronchi|airway wall thickening"
+        "|thickened bronchi",
     "Lung mass":
-        "pulmonary/parenchymal/spiculated/malignant/hilar/cavitating mass|mass in/within/of the lung/lung_parenchyma/lobe|mass lesion"
-        "|lung/pulmonary/bronchial tumor/tumour/neoplasm/malignancy/cancer/carcinoma|malignant lung/pulmonary mass/lesion"
-        "|mass-like/space-occupying lesion/opacity/density|large spiculated/lobulated/solid lesion|bronchogenic carcinoma"
-        "|neoplastic lesion/process of the lung|tumour in/of the lung|neoplasm of the lung",
+        "pulmonary mass|mass in the lung|mass lesion|lung tumor|lung tumour|malignant lung mass|mass-like lesion|large spiculated lesion"
+        "|bronchogenic carcinoma",
     "Osteophyte":
-        "osteophytic/bony/bone/vertebral/spondylophytic spur/outgrowth/lipping/bridge|osteophytic change/formation|osteophyte formation"
-        "|bridging/marginal/anterior/degenerative osteophyte|bony/bone spur/excrescence/outgrowth/projection/beak"
-        "|spur/spurring of the vertebrae/vertebral_margins/end_plates|spur formation|beak-like bony outgrowth/projection|syndesmophyte"
-        "|spurring|lipping",
+        "osteophytic spur|osteophytic lipping|bony spur|bone spur|bridging osteophyte|marginal osteophyte|vertebral spur"
+        "|beak-like bony outgrowth",
     "Rib fracture":
-        "fractured/broken/cracked rib|fracture of the/a rib/costal_arch/ribs|broken/displaced costal bone/arch"
-        "|costal/rib break/fracture_line/cortical_break|displaced/nondisplaced/healing/acute rib fracture|fracture line in/of/through a rib"
-        "|callus/discontinuity/cortical_interruption of a rib|break in/of/through a rib|costal fracture"
-        "|rib with cortical_discontinuity/a_fracture_line",
+        "fractured rib|fracture of a rib|broken rib|costal fracture|displaced rib|fracture line in a rib|fracture of the costal arch",
     "Atherosclerosis":
-        "atherosclerotic change/disease/plaque/lesion/process|atheromatous/arteriosclerotic change/disease/plaque/lesion/wall"
-        "|arteriosclerosis|atheroma|plaque burden|vascular/arterial/aortic plaque|atherosclerotic/atheromatous wall thickening/irregularity"
-        "|atherosclerosis/arteriosclerosis of the aorta/vessels/arteries|atheromatosis|wall irregularity of the aorta",
+        "atherosclerotic change|atherosclerotic disease|atheromatous change|atheromatous plaque|atheroma|atherosclerotic plaque",
     "Pericardial calcification":
-        "calcified/calcific pericardium|calcified pericardial/epicardial plaque/layer/leaf"
-        "|calcification/calcium of/in/along the pericardium/pericardial_layers/pericardial_sac|pericardial calcium/calcific_deposit"
-        "|calcific pericardial plaque/deposit|armoured heart|shell-like calcification around the heart"
-        "|eggshell calcification of the pericardium|calcific/calcified rim around the heart",
+        "calcified pericardium|calcification of the pericardium|pericardial calcium|calcific pericardium|calcified pericardial plaque",
     "Spondylosis":
-        "spondylotic/spondylarthrotic change|degenerative/spondylotic change/disease of the spine/vertebrae/vertebral_column/dorsal_spine"
-        "|degenerative/vertebral/spinal/disc_and_vertebral degeneration|degenerative spine/vertebral/spinal disease/change"
-        "|degenerative vertebra|degeneration of the spine/vertebral_column/thoracic_spine|spondylarthrosis|spondyloarthrosis"
-        "|dorsal/thoracic spondylosis|wear of the spine|vertebral wear|osteoarthritis of the spine",
+        "spondylotic change|degenerative change of the spine|degenerative spine disease|vertebral degeneration"
+        "|degenerative vertebral change|spinal degeneration",
     "Pleural calcification":
-        "calcified/calcific pleura|calcified/calcific pleural plaque/layer/thickening/deposit"
-        "|calcification/calcium of/in/along the pleura/pleural_surface/pleural_layers|pleural calcium/calcific_deposit"
-        "|pleural plaque with calcification/calcium|calcified plaque on/of/along the pleura|pleura with calcium/calcified_plaques"
-        "|calcified pleural surface",
+        "calcified pleura|calcified pleural plaque|calcification of the pleura|pleural calcium|calcific pleural plaque",
     "Pneumomediastinum":
-        "mediastinal air/gas/emphysema|air/gas in/within/around the mediastinum/mediastinal_space/mediastinal_structures/mediastinal_fat"
-        "|free mediastinal air/gas|air/gas around the trachea_and_esophagus/mediastinal_vessels/great_vessels|emphysema of the mediastinum"
-        "|extraluminal air/gas in the mediastinum|mediastinal air/gas collection|air/gas tracking/dissecting along/through the mediastinum"
-        "|mediastinal free air",
+        "mediastinal air|air in the mediastinum|free mediastinal air|mediastinal emphysema|air around the mediastinal structures",
 }
 OTHER_NAMES = (
-    "Crazy-paving pattern|Tree-in-bud pattern|Air trapping|Mucus plugging|Lung cavity"
+    "Crazy-paving pattern|Tree-in-bud pattern|Reticulation|Traction bronchiectasis|Air trapping|Mucus plugging|Bulla|Lung cavity"
     "|Lung abscess|Calcified granuloma|Lymphangitic spread|Pulmonary edema|Pulmonary embolism|Pulmonary infarct|Pulmonary hemorrhage"
-    "|Pulmonary hypertension|Enlarged pulmonary artery|Pulmonary metastases|Pulmonary contusion|Hyperinflation|Bronchiolitis"
+    "|Pulmonary hypertension|Enlarged pulmonary artery|Pulmonary metastases|Pulmonary contusion|Aspiration|Hyperinflation|Bronchiolitis"
     "|Bronchial obstruction|Foreign body|Tracheal stenosis|Tracheal diverticulum|Tracheobronchomalacia|Azygos lobe"
     "|Pulmonary sequestration|Pleural thickening|Pleural plaque|Pleural mass|Hemothorax|Hydropneumothorax|Bronchopleural fistula"
     "|Elevated hemidiaphragm|Diaphragmatic hernia|Diaphragmatic eventration|Mediastinal mass|Mediastinal shift|Mediastinal hematoma"
-    "|Mediastinitis|Thymic mass|Thymic hyperplasia|Thyroid nodule|Goiter|Esophageal wall thickening"
+    "|Mediastinitis|Thymic mass|Thymic hyperplasia|Calcified lymph nodes|Thyroid nodule|Goiter|Esophageal wall thickening"
     "|Esophageal dilatation|Esophageal mass|Pericardial thickening|Valve calcification|Mitral annular calcification|Intracardiac thrombus"
-    "|Ventricular hypertrophy|Aortic aneurysm|Aortic dilatation|Aortic dissection"
+    "|Ventricular hypertrophy|Left atrial enlargement|Right heart enlargement|Aortic aneurysm|Aortic dilatation|Aortic dissection"
     "|Intramural hematoma|Superior vena cava obstruction|Vascular anomaly|Varices|Vertebral compression fracture|Vertebral fracture"
     "|Sternal fracture|Clavicle fracture|Scapula fracture|Bone metastases|Lytic bone lesion|Sclerotic bone lesion|Osteoporosis|Scoliosis"
     "|Kyphosis|Disc degeneration|Hemangioma of a vertebra|Pectus excavatum|Subcutaneous emphysema|Chest wall mass|Breast mass"
-    "|Gynecomastia|Hepatic steatosis|Hepatic cyst|Hepatic mass|Hepatomegaly|Liver cirrhosis|Splenomegaly"
+    "|Gynecomastia|Axillary lymphadenopathy|Hepatic steatosis|Hepatic cyst|Hepatic mass|Hepatomegaly|Liver cirrhosis|Splenomegaly"
     "|Splenic lesion|Gallstones|Bile duct dilatation|Renal cyst|Kidney stone|Hydronephrosis|Renal mass|Adrenal nodule|Adrenal adenoma"
-    "|Pancreatic lesion|Ascites|Pneumoperitoneum"
+    "|Pancreatic lesion|Ascites|Pneumoperitoneum|Abdominal lymphadenopathy"
 ).split("|")
 VOCABULARY = [*BENCHMARK_NAMES, *OTHER_NAMES]
 
@@ -728,12 +639,7 @@ def key(text):
     return " ".join(words)
 
 
-def phrases(others):
-    """All the phrases that a value of BENCHMARK_NAMES stands for."""
-    return [" ".join(words).replace("_", " ") for group in others.split("|") for words in product(*(word.split("/") for word in group.split()))]
-
-
-PREFERRED = {key(phrase): name for name, others in BENCHMARK_NAMES.items() for phrase in phrases(others)} | {key(name): name for name in VOCABULARY}
+PREFERRED = {key(phrase): name for name, others in [*BENCHMARK_NAMES.items(), *((name, name) for name in VOCABULARY)] for phrase in others.split("|")}
 NOTHING = {"", "none", "no abnormality", "there is no abnormality", "no abnormalities", "none affirmed", "no finding", "no acute abnormality", "normal"}
 
 
@@ -917,114 +823,76 @@ def format_score(table):
 
 
 # ------------------------------------------------------------------------------------------------ fit: distil a small summarizer
-# Sentences of our own, mixed into the training reports so that a small model meets more words than its pairs hold;
-# {x}, {y}, {z}: names or other ways to say them, {w}: a place or size.
+# Sentences of our own, mixed into the training reports so that a small model meets more words than its pairs hold; {x}: a name or another way to say it.
 AFFIRMING = (
-    "There is {x}.|There is {x} {w}.|There are {x} and {y}.|{x} is present.|{x} is present {w}.|{x} {w}.|{x}.|{x}, {y}.|{x} is seen {w}."
-    "|{x} was seen.|{x} is noted {w}.|{x} was found {w}.|{x} is shown.|{x} detected {w}.|{x} can be seen {w}.|{x} stands out {w}."
-    "|{x} draws attention {w}.|The images show {x} {w}.|The scan demonstrates {x}.|CT shows {x} {w}.|We see {x} {w}.|We note {x}."
-    "|Findings are consistent with {x}.|Findings compatible with {x} {w}.|Appearance suggestive of {x}.|Signs of {x} are visible {w}."
-    "|Imaging features of {x}.|Impression: {x}.|Diagnosis: {x}.|Result: {x} {w}.|Evidence of {x} {w}.|Presence of {x} {w}."
-    "|The presence of {x} is noted.|Marked {x} {w}.|Obvious {x} {w}.|Visible {x} {w}.|Unchanged {x} {w}.|Persistent {x} is again seen."
-    "|Known {x} persists.|Newly developed {x} {w}.|{x} has developed {w}.|{x} remains {w}.|{x} has increased since the prior exam."
-    "|{x} {w}, with no change since the prior exam.|{x} without interval change.|No change in the {x} {w}.|Not only {x} but also {y} {w}."
-    "|{x} and {y} are present.|{x} with accompanying {y} {w}.|Both {x} and {y} were noted.|{x} is accompanied by {y}."
-    "|{x} as well as {y} is found.|{x} is seen, {y} too.|In addition there is {x}.|Further {x} is recorded {w}.|Also {x} {w}."
-    "|Note is made of {x} {w}.|Remarkable for {x}.|The exam is notable for {x} {w}.|The study is positive for {x}.|Incidental {x} {w}."
+    "There is {x}.|There is {x} {w}.|{x} is present.|{x} is present {w}.|{x} {w}.|{x}.|{x} is seen {w}.|{x} was seen.|{x} is noted {w}."
+    "|{x} was noted.|{x} was found {w}.|{x} is shown.|{x} detected {w}.|{x} can be seen {w}.|{x} stands out {w}.|{x} draws attention {w}."
+    "|The images show {x} {w}.|The scan demonstrates {x}.|CT shows {x} {w}.|We see {x} {w}.|Findings are consistent with {x}."
+    "|Findings compatible with {x} {w}.|Appearance suggestive of {x}.|Signs of {x} are visible {w}.|Imaging features of {x}."
+    "|Impression: {x}.|Diagnosis: {x}.|Result: {x} {w}.|Evidence of {x} {w}.|Marked {x} {w}.|Mild {x} is visible.|Small {x} {w}."
+    "|Extensive {x} is demonstrated {w}.|Unchanged {x} {w}.|Persistent {x} is again seen.|Known {x} persists.|Newly developed {x} {w}."
+    "|{x} has increased since the prior exam.|{x} and {y} are present.|There are {x} and {y}.|{x} with accompanying {y} {w}."
+    "|Both {x} and {y} were noted.|{x} is accompanied by {y}.|{x} as well as {y} is found.|In addition there is {x}."
+    "|Further {x} is recorded {w}.|Note is made of {x} {w}.|Remarkable for {x}.|The study is positive for {x}.|Incidental {x} {w}."
     "|{x} is evident.|{x} is apparent {w}.|One observes {x} {w}.|{x} is recognised {w}.|{x} could be made out {w}."
     "|The current study displays {x}.|This investigation uncovers {x}.|{x} exists {w}.|{x} is confirmed.|{x} is conspicuous {w}."
-    "|{x} is discernible {w}.|There appears to be {x} {w}.|{x} is depicted {w}.|{x} was encountered {w}.|{x} was recorded."
-    "|{x} was documented {w}.|The patient has {x}.|The lungs contain {x} {w}.|Attention is called to {x}.|Seen {w}: {x}.|{x}: present."
-    "|{x}: yes.|Positive finding: {x}."
+    "|{x} is discernible {w}."
 ).split("|")
 NEGATING = (
     "No {x}.|No {x} {w}.|No {x} is seen.|No {x} was seen {w}.|No {x}, {y} or {z}.|There is no {x}.|There is no {x} or {y}."
     "|There are no {x}.|There is no evidence of {x}.|No evidence of {x} or {y}.|No sign of {x}.|No signs of {x}, {y} or {z} were found."
-    "|No indication of {x} or {y}.|The exam gives no indication of {x}.|No suspicion of {x}.|No imaging features of {x}."
-    "|No appreciable {x} {w}.|No definite {x}.|No significant {x} {w}.|No trace of {x}.|{x} was not seen.|{x} is not seen {w}."
-    "|{x} is not present.|{x} not found.|{x} was not detected.|{x} and {y} were not observed.|{x} or {y} is not visible."
-    "|{x} could not be found.|{x} cannot be shown.|{x} cannot be seen {w}.|{x} can be excluded.|Without {x}.|Without {x} or {y}."
-    "|Lungs without {x}.|Negative for {x}.|{x} - negative.|The study is negative for {x} and {y}.|Free of {x}."
-    "|The lungs are free of {x} or {y}.|Absence of {x} {w}.|The absence of {x} is noted.|Absent {x}.|{x}: absent.|{x}: none.|{x}: no."
-    "|Lack of {x}.|There is a lack of {x}.|The scan lacks {x} and {y}.|Neither {x} nor {y} is seen.|Neither {x}, {y} nor {z} was found."
-    "|The study shows neither {x} nor {y}.|{x} is excluded.|{x} was ruled out.|{x} is ruled out on this exam.|{x} has been excluded."
-    "|Exclusion of {x} and {y}.|The former {x} has disappeared.|The {x} of the prior study has resolved."
-    "|Previously noted {x} is no longer seen.|{x} is no longer present.|{x}, seen earlier, is no longer visible."
-    "|{x} has regressed completely.|There has been resolution of {x}.|Complete resolution of {x}."
+    "|{x} was not seen.|{x} is not seen {w}.|{x} is not present.|{x} was not detected.|{x} and {y} were not observed."
+    "|{x} or {y} is not visible.|{x} could not be found.|{x} cannot be shown.|Without {x}.|Without {x} or {y}.|Lungs without {x}."
+    "|Negative for {x}.|The study is negative for {x} and {y}.|Free of {x}.|The lungs are free of {x} or {y}.|Absence of {x} {w}."
+    "|Absent {x}.|{x}: absent.|{x} and {y} are both absent.|{x}: none.|{x}: no.|Lack of {x}.|There is a lack of {x}."
+    "|Signs of {x} are lacking.|The scan lacks {x}.|Neither {x} nor {y} is seen.|Neither {x}, {y} nor {z} was found."
+    "|The study shows neither {x} nor {y}.|No {x} nor {y}.|{x} is excluded.|{x} was ruled out.|{x} is ruled out on this examination."
+    "|{x} has been excluded.|The former {x} has disappeared.|The {x} of the prior study has resolved."
+    "|Previously noted {x} is no longer seen.|{x} is no longer present.|{x} has regressed completely.|Complete resolution of {x}."
     "|Complete disappearance of {x} since the former study.|{x} has cleared.|Earlier {x} healed without residue."
-    "|The {x} described before is gone.|{x}, known from the past, is gone.|{x} vanished.|{x} resolved in the interval."
-    "|History of {x}, now resolved.|History of {x}.|Status after {x}.|{x} in the past.|Treated {x} in the history, not visible now."
-    "|Clinical question: {x}?|Referred for suspected {x}.|Indication: {x}?|Nothing suggests {x}.|Nothing to suggest {x} or {y}."
-    "|Nothing points to {x}.|No findings in favour of {x}.|Findings do not support {x}.|Not suspicious for {x}."
-    "|The images do not show {x}.|The scan does not demonstrate {x} or {y}.|We do not see {x}.|The lungs do not contain {x}."
-    "|{x} is unlikely.|{x} is not evident.|{x} is not apparent {w}.|{x} is not a feature.|{x} is not among the findings."
-    "|{x} has not developed.|{x} is denied.|{x} is missing.|Not a trace of {x}.|At no level is {x} visible.|At no level {x} or {y}."
-    "|None of {x}, {y} and {z} is present.|{x} is nowhere to be seen.|Devoid of {x}.|Clear of {x}.|{x} fails to appear."
-    "|Unremarkable with respect to {x}.|Evidence speaks against {x}."
+    "|The {x} described before is gone.|{x} vanished.|{x} resolved in the interval.|History of {x}, now resolved.|History of {x}."
+    "|Status after {x}.|{x} in the past.|Treated {x} in the history, not visible now.|Clinical question: {x}?|Referred for suspected {x}."
+    "|Indication: {x}?|Nothing suggests {x}.|Nothing to suggest {x} or {y}.|No findings in favour of {x}.|Findings do not support {x}."
+    "|The images do not show {x}.|The scan does not demonstrate {x} or {y}.|We do not see {x}.|{x} is unlikely.|{x} is not evident."
+    "|{x} is not apparent {w}.|{x} has not developed.|Neither now nor earlier was {x} present."
+    "|Neither the current nor the prior CT shows {x}.|{x} is denied.|{x} is missing.|Not a trace of {x}.|At no level is {x} visible."
+    "|None of {x}, {y} and {z} is present.|{x} is nowhere to be seen.|Hardly any doubt that {x} is absent.|Devoid of {x}.|Clear of {x}."
+    "|{x} fails to appear."
 ).split("|")
 PLACES = (
     "in the right upper lobe|in the left lower lobe|in the middle lobe|in the lingula|in both lungs|on the right|on the left"
-    "|on both sides|bilaterally|at the bases|at the apex|in the upper zones|in several segments|posteriorly|peripherally|centrally"
-    "|at the hilar level|along the descending aorta|at the level of the carina|measuring 12 mm|up to 8 mm in size|of 3 cm|of 22x18 mm"
-    "|more on the left|to a mild degree|on this exam|in the sections|in the anterior segment|in the lower zones|near the fissure"
-    "|behind the sternum|at several vertebral levels|beside the heart|in the upper abdomen|next to the spine|of moderate extent"
-).split("|")
-DEGREES = (
-    "mild|moderate|severe|small|large|bilateral|right|left|diffuse|focal|subtle|extensive|minimal|chronic|partial|multiple|a few|several"
-    "|an|a|slight|pronounced|discrete|basal|apical"
-).split("|")
-ORGANS = (
-    "heart|cardiac chambers|aorta|aortic arch|esophagus|trachea|main bronchi|bronchial tree|pleura|pleural spaces|costophrenic angles"
-    "|pericardium|thyroid gland|liver|spleen|kidneys|adrenal glands|pancreas|gallbladder|vertebrae|vertebral bodies|spine|ribs|bones"
-    "|chest wall|breasts|mediastinum|hila|pulmonary arteries|pulmonary trunk|coronary arteries|lungs|lung parenchyma|lung volumes"
-    "|interstitium|interlobular septa|airways|bronchial walls|diaphragm|stomach|lymph nodes|axillae|upper abdomen|soft tissues"
-    "|great vessels|vessel walls"
-).split("|")
-STATES = (
-    "normal|unremarkable|within normal limits|of normal size|of normal calibre|of usual width|clear|intact|open|patent|symmetric"
-    "|without abnormality|regular|preserved|free of disease|of usual thickness|well aerated|in the midline|as expected|without any change"
-    "|not enlarged|not dilated|not thickened|smooth|homogeneous|of normal density|in place|healthy"
+    "|on both sides|bilaterally|at the bases|at the apex|in the upper zones|in several segments|posteriorly|peripherally"
+    "|at the hilar level|along the descending aorta|at the level of the carina|measuring 12 mm|up to 8 mm in size|of 3 cm"
+    "|more on the left|to a mild degree|at a glance|on this examination|in the sections"
 ).split("|")
 
 
-def augment(report, names, taught, rng, keep=0.6, more=2.5):
-    """A (report, names) pair with sentences of our own put in: affirming ones (their names are added if `taught`), denying ones, and normal ones.
+def augment(report, names, rng, keep=0.6, more=2.5):
+    """A (report, names) pair with sentences of our own put in: some affirm names (added to the pair's), some deny what the report doesn't affirm.
 
-    keep: how often the pair's report is there at all; else our sentences make a short report alone. more: how many sentences of a kind, about.
+    keep: how often the pair's report is there at all; else our sentences make a short report alone. more: how many sentences of either kind, about.
     """
     parts = re.split(r"(?<=[.!?])\s+", report.strip()) if rng.random() < keep else []
     names = set(names) if parts else set()
-    absent = [name for name in (*BENCHMARK_NAMES, *rng.sample(OTHER_NAMES, 12)) if name not in names]
+    absent = [name for name in BENCHMARK_NAMES if name not in names]
     rng.shuffle(absent)
 
-    def unknown():
-        return "".join(rng.choice("bcdfghlmnprstvw") + rng.choice("aeiou") + rng.choice(("", "", "n", "r", "s", "l")) for _ in range(rng.randint(1, 3)))
-
-    def phrase(name):
-        others = BENCHMARK_NAMES.get(name) if rng.random() < .85 else None
-        words = [rng.choice(word.split("/")) for word in rng.choice(others.split("|")).split()] if others else [name.lower()]
-        words = [rng.choice((rng.choice(DEGREES), unknown())), *words] if rng.random() < .3 else words
-        return re.sub(r"(?<=[^s])$", "s", " ".join(words)) if rng.random() < .3 else " ".join(words)
-
-    def say(frame):
-        chosen = [absent.pop() for slot in ("{x}", "{y}", "{z}") if slot in frame]
-        x, y, z = [phrase(name).replace("_", " ") for name in chosen] + [""] * (3 - len(chosen))
-        place = rng.choice(PLACES + [""] * 12)
-        if rng.random() < .3:  # a word never met decides nothing: "{x} is foramed.", "no {x} was foramed."
-            frame = re.sub(r"\b(seen|noted|found|shown|visible|present|observed|evident|apparent|detected|shows?|demonstrates?)\b", "{u}", frame)
-            place = rng.choice((place, f"in the {unknown()} {unknown()}"))
-        sentence = re.sub(r" +(?=[.,:?])", "", frame.format(x=x, y=y, z=z, w=place, u=unknown() + rng.choice(("ed", "able", "s", ""))))
-        parts.insert(rng.randint(0, len(parts)), sentence[0].upper() + sentence[1:] if rng.random() < .8 else sentence)
-        return chosen
-    affirmed, denied, normal = (min(int(rng.expovariate(1 / more)), 8) for _ in range(3))
-    affirmed += not parts and not denied
-    for frame in rng.choices(AFFIRMING, k=affirmed):
-        names |= set(say(frame)) & taught
-    for frame in rng.choices(NEGATING, k=denied):
-        if len(absent) > 2:
-            say(frame)
-    for organ, state in zip(rng.choices(ORGANS, k=normal // 2), rng.choices([*STATES, unknown()], k=normal)):
-        parts.insert(rng.randint(0, len(parts)), rng.choice(("The {o} is {s}.", "{o} {s}.", "{o} are {s}.", "{o}: {s}.", "{s} {o}.")).format(o=organ, s=state))
+    def say(frames, count):
+        chosen = [absent.pop() for _ in range(min(count, len(absent)))]
+        words = [rng.choice([name, *BENCHMARK_NAMES[name].split("|")]).lower() for name in chosen]
+        words = [word if rng.random() < .6 else re.sub(r"(?<=[^s])$", "s", word) for word in words]
+        frame = rng.choice([frame for frame in frames if count == 1 + ("{y}" in frame) + ("{z}" in frame)])
+        words += [""] * (3 - len(words))
+        return chosen, re.sub(r" +(?=\.)", "", frame.format(x=words[0], y=words[1], z=words[2], w=rng.choice(PLACES + [""] * 12)))
+    counts = [min(int(rng.expovariate(1 / more)), 8) for _ in range(2)]
+    counts[rng.random() < .5] += not (parts or sum(counts))
+    for frames, times in zip((AFFIRMING, NEGATING), counts):
+        for _ in range(times):
+            count = min(rng.choice((1, 1, 1, 2, 2, 3)), 3 if frames is NEGATING else 2)
+            if len(absent) >= count:
+                chosen, sentence = say(frames, count)
+                names |= set(chosen) if frames is AFFIRMING else set()
+                parts.insert(rng.randint(0, len(parts)), sentence)
     if rng.random() < .5:
         rng.shuffle(parts)
     return " ".join(parts), names
@@ -1091,7 +959,7 @@ def save(llm, out, dtype):
     write_atomically(out / "config.json", lambda path: path.write_text(json.dumps(config, indent=1) + "\n", "utf-8"))
 
 
-def batches(pairs, taught, llm, tokens, steps, synthetic, rng):
+def batches(pairs, llm, tokens, steps, synthetic, rng):
     """`steps` batches of about `tokens` tokens: ids (B, T), padded on the right, and the answer's mask over ids[:, 1:].
 
     Pools are sorted by length, so that little is padding. With synthetic sentences, one makes a report at first; whole reports join at 40 to 80 % of the steps.
@@ -1101,7 +969,7 @@ def batches(pairs, taught, llm, tokens, steps, synthetic, rng):
         pool = [rng.choice(pairs) for _ in range(1024)]
         if synthetic:
             stage = done / steps
-            pool = [augment(*pair, taught, rng, 0.6 * min(max(2.5 * stage - 1, 0), 1), 0.3 + 2.2 * min(4 * stage, 1)) for pair in pool]
+            pool = [augment(*pair, rng, 0.6 * min(max(2.5 * stage - 1, 0), 1), 0.3 + 2.2 * min(4 * stage, 1)) for pair in pool]
         answers = tokenizer.encode_batch([answer_text(names) for _, names in pool], add_special_tokens=False)
         prompts = llm.chat.prompts([report for report, _ in pool], llm.config.context - 256)
         items = [(prompt + (answer.ids + end)[:256], len(prompt)) for (prompt, _), answer in zip(prompts, answers)]
@@ -1126,9 +994,8 @@ def fit(pairs_path, out, checkpoint=None, manifest=None, vocab=2000, width=128, 
     rng, out, pairs = random.Random(seed), Path(out), read_pairs(pairs_path, manifest)
     rng.shuffle(pairs)
     held, pairs = pairs[:min(len(pairs) // 50 + 1, 500)], pairs[min(len(pairs) // 50 + 1, 500):]
-    taught = {name for _, names in pairs for name in names}
     if checkpoint is None:
-        sample = [augment(*pair, taught, rng) if synthetic else pair for pair in pairs[:20000]]
+        sample = [augment(*pair, rng) if synthetic else pair for pair in pairs[:20000]]
         texts = [text for report, names in sample for text in (report, answer_text(names))]
         new_checkpoint(out, texts, vocab, width, layers, heads, seed)
     llm = LLM.from_pretrained(checkpoint or out, device, torch.float32, trainable=True)
@@ -1139,7 +1006,7 @@ def fit(pairs_path, out, checkpoint=None, manifest=None, vocab=2000, width=128, 
     rate = lambda step: min((step + 1) / (0.05 * steps), 0.5 + 0.5 * math.cos(math.pi * min(step / steps, 1)))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     fast = llm.device.type == "cuda" or fast_on_cpu(torch.bfloat16)
-    bar = tqdm(enumerate(batches(pairs, taught, llm, tokens, steps, synthetic, rng)), total=steps, unit=" steps", desc="fit")
+    bar = tqdm(enumerate(batches(pairs, llm, tokens, steps, synthetic, rng)), total=steps, unit=" steps", desc="fit")
     for step, (ids, answer) in bar:
         ids, answer = ids.to(llm.device), answer.to(llm.device)
         with torch.autocast(llm.device.type, torch.bfloat16, enabled=fast):
