@@ -14,6 +14,7 @@ import io
 import json
 import math
 import sys
+from dataclasses import replace
 from html import escape
 from pathlib import Path
 
@@ -584,9 +585,9 @@ def heatmap(model, hu, texts, method=None, pairs=PAIRS[:2]):
     """Where a preprocessed volume hu (X, Y, Z) supports the prompts `texts`: (gx, gy, gz), one value a patch.
 
     "similarity": cosine of each patch's projected feature with the prompts. "rollout" (ViT; the default there): attention weighted by the
-    score's positive gradient, rolled out over the layers (Chefer et al. 2021). "gradcam" (CNN; the default there): of the deepest stage
-    that still has four cells along each axis; the last stage's features are weighted by their mean gradient (Selvaraju et al. 2017),
-    which is exact there, an earlier one's each by its own (HiResCAM, Draelos and Carin 2020), as a mean would lose the place.
+    score's positive gradient, rolled out over the layers (Chefer et al. 2021). "gradcam" (CNN; the default there): features times their
+    gradient (HiResCAM, Draelos and Carin 2020; at the last stage it is Grad-CAM, Selvaraju et al. 2017) of the deepest stage that still has
+    eight cells along each axis, else of the first. Outside the patient's bounding box (HU > -300) there is no finding: the map's minimum.
     """
     vit = model.config.vision == "vit"
     own = "rollout" if vit else "gradcam"
@@ -599,7 +600,7 @@ def heatmap(model, hu, texts, method=None, pairs=PAIRS[:2]):
         t_hat = model.bridge(t)
         if method == "similarity":
             patches = F.normalize(model.vision_projection(model.vision(model.normalise(volumes))[1]), dim=-1)
-            return (patches @ F.normalize(t, dim=-1)[0])[0].cpu().numpy()
+            return within_patient((patches @ F.normalize(t, dim=-1)[0])[0].cpu().numpy(), hu, model.config)
     seen, hooks = [], []
     if method == "rollout":
         for block in model.vision.blocks:
@@ -619,12 +620,20 @@ def heatmap(model, hu, texts, method=None, pairs=PAIRS[:2]):
         if method == "rollout":
             grid = tuple(size // step for size, step in zip(volumes.shape[2:], model.config.patch))
             layers = [(qkv[0], gradient[0]) for (qkv, _), gradient in zip(seen, gradients)]
-            return rollout(layers, model.config.vit_heads)[1:].view(grid).cpu().numpy()
-        fine = [i for i, (_, output) in enumerate(seen) if min(output.shape[2:]) >= 4] or [len(seen) - 1]
-        features, gradient = seen[fine[-1]][1][0], gradients[fine[-1]][0]                                                 # (C, gx, gy, gz)
-        if features.shape == seen[-1][1][0].shape:
-            gradient = gradient.mean(dim=(1, 2, 3), keepdim=True)
-        return (features * gradient).sum(0).relu().cpu().numpy()
+            return within_patient(rollout(layers, model.config.vit_heads)[1:].view(grid).cpu().numpy(), hu, model.config)
+        stage = [i for i, (_, output) in enumerate(seen) if min(output.shape[2:]) >= 8 or output.shape == seen[0][1].shape][-1]
+        return within_patient((seen[stage][1] * gradients[stage])[0].sum(0).relu().cpu().numpy(), hu, model.config)                 # (gx, gy, gz)
+
+
+def within_patient(grid, hu, config):
+    """A map (gx, gy, gz) with its minimum at the cells whose centres lie outside the bounding box of what is denser than -300 HU."""
+    keep = grid.copy()
+    for axis, (stride, offset) in enumerate(zip(*cells(grid, replace(config, shape=hu.shape)))):
+        dense = np.flatnonzero((np.asarray(hu) > -300).any(tuple({0, 1, 2} - {axis})))
+        centres = np.arange(grid.shape[axis]) * stride + offset
+        if len(dense):
+            np.moveaxis(keep, axis, 0)[(centres < dense[0] - stride / 2) | (centres > dense[-1] + stride / 2)] = grid.min()
+    return keep
 
 
 def rollout(layers, heads, rows=256):

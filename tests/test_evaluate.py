@@ -372,9 +372,9 @@ def test_rollout_equals_its_published_form_with_whole_attention_matrices(monkeyp
 def test_gradcam_of_a_mean_pooled_network_is_its_features_weighted_by_their_gradient():
     torch.manual_seed(0)
     model = BrgSA(Config(**TINY | {"vision": "resnet18"})).eval()
-    hu = np.random.default_rng(0).integers(-1000, 1000, (128, 128, 100)).astype(np.int16)
+    hu = np.random.default_rng(0).integers(-1000, 1000, (256, 256, 240)).astype(np.int16)
     ours = evaluate.heatmap(model, hu, ["There is lung nodule"])
-    assert ours.shape == (4, 4, 4)
+    assert ours.shape == (8, 8, 8)
     with torch.no_grad():
         features = model.vision(model.normalise(torch.from_numpy(hu)[None, None]))[1][0]                                  # (gx, gy, gz, C)
         t = F.normalize(model.encode_text(["There is lung nodule"]), dim=-1)
@@ -383,6 +383,15 @@ def test_gradcam_of_a_mean_pooled_network_is_its_features_weighted_by_their_grad
     ((F.cosine_similarity(v, t) + F.cosine_similarity(model.bridge(v), t)) / 2).sum().backward()
     expected = (features @ mean.grad).relu() / features[..., 0].numel()
     np.testing.assert_allclose(ours, expected, atol=1e-7)
+
+
+def test_a_map_has_its_minimum_outside_the_patient():
+    hu, config = np.full((32, 32, 24), -1000, np.int16), Config(**TINY)
+    hu[8:24, 9:22, :16] = 0
+    kept = evaluate.within_patient(np.random.default_rng(0).random((4, 4, 3)) + 1, hu, config)
+    assert (kept[1:3, 1:3, :2] > kept.min()).sum() >= 7 and (kept[[0, 3]] == kept.min()).all()
+    assert (kept[:, [0, 3]] == kept.min()).all() and (kept[:, :, 2] == kept.min()).all()
+    np.testing.assert_array_equal(evaluate.within_patient(kept, np.full_like(hu, -1000), config), kept)  # an empty scan: nothing to go by
 
 
 def test_where_the_last_stage_is_too_coarse_an_earlier_ones_features_are_each_weighted_by_their_own_gradient():
