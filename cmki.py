@@ -144,8 +144,8 @@ _attend.register_autograd(_derivative, setup_context=_save)
 
 # Entries of P, by bytes per entry: kept for the backward pass, and in one tile (large enough for the matrix product, small enough for the
 # cache). Together they stay under a quarter of what eager torch holds at N = 10976, K = 2048.
-KEPT_ENTRIES = {2: 6 << 20, 4: 10 << 20, 8: 5 << 20}
-TILE_ENTRIES = {2: 1 << 20, 4: 1 << 21, 8: 1 << 20}
+KEPT_ENTRIES = {2: 11 << 19, 4: 10 << 20, 8: 5 << 20}
+TILE_ENTRIES = {2: 1 << 21, 4: 1 << 21, 8: 1 << 20}
 # CPU: rounding moves a logit by up to |logit| x the dtype's epsilon, and its probability by that factor. A tile with logits beyond these
 # magnitudes, where it would show, is computed in the next wider dtype.
 WIDER = {torch.bfloat16: (8, torch.float32), torch.float16: (8, torch.float32), torch.float32: (16, torch.float64)}
