@@ -387,7 +387,7 @@ def main():
     command.set_defaults(run=bench_attention)
     command = commands.add_parser("ablation", help="plain contrastive learning, with summaries, with the bank, with both, on the phantom")
     command.add_argument("--seeds", type=int, default=3)
-    command.add_argument("--epochs", type=int, default=24)
+    command.add_argument("--epochs", type=int, default=12)
     command.add_argument("--out", default="runs/ablation")
     command.set_defaults(run=bench_ablation)
     arguments = parser.parse_args()
