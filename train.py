@@ -194,7 +194,7 @@ def validate(model, rows, texts, cache, settings, device):
     v, t = evaluate.embed_volumes(model, rows, cache, device), evaluate.embed_texts(model, texts)
     v_hat, t_hat = evaluate.bridge(model, v), evaluate.bridge(model, t)
     parts = [torch.arange(len(v))[i::math.ceil(len(v) / settings.batch)] for i in range(math.ceil(len(v) / settings.batch))]
-    loss = sum(alignment_loss(v[i], t[i], v_hat[i], t_hat[i], settings.alpha, settings.beta, settings.gamma, float(model.scale))[0] * len(i)
+    loss = sum(alignment_loss(v[i], t[i], v_hat[i], t_hat[i], settings.alpha, settings.beta, settings.gamma, model.scale.item())[0] * len(i)
                for i in parts) / len(v)
     result = {"loss": float(loss)}
     classes = list(dict.fromkeys(name for row in rows for name in row.labels))
