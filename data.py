@@ -133,6 +133,9 @@ def _rescale(stored, slope, intercept):
     return stored.astype(numpy.float32) * numpy.float32(slope) + numpy.float32(intercept)
 
 
+SLAB = 4  # slices that are resampled at a time
+
+
 def preprocess(hu, spacing, spacing_out=(1.5, 1.5, 3.0), shape_out=(256, 256, 128), hu_range=(-1000, 1000)):
     """Resample linearly, crop and pad about the centre with -1024, clip to hu_range: HU (X, Y, Z) -> int16 shape_out.
 
@@ -142,25 +145,25 @@ def preprocess(hu, spacing, spacing_out=(1.5, 1.5, 3.0), shape_out=(256, 256, 12
     volume = torch.from_numpy(numpy.ascontiguousarray(hu.transpose(2, 1, 0)))  # (Z, Y, X), as the file lies: slices stay whole
     if volume.dtype not in (torch.int16, torch.float32):
         volume = volume.float()
-    pads = []
-    for axis in (2, 1, 0):
-        low, weight, pad = _resample_plan(hu.shape[axis], spacing[axis], spacing_out[axis], shape_out[axis])
-        pads += pad
-        volume = _interpolate(volume, 2 - axis, low, weight)
-    # pads came as z, y, x; F.pad reads them from the last axis, which is x
-    volume = torch.nn.functional.pad(volume, pads[4:] + pads[2:4] + pads[:2], value=-1024.0)
-    return volume.clamp_(*hu_range).round_().to(torch.int16).permute(2, 1, 0).contiguous().numpy()
+    (x_low, x_weight, x_at), (y_low, y_weight, y_at), (z_low, z_weight, z_at) = map(_resample_plan, hu.shape, spacing, spacing_out, shape_out)
+    out = torch.full([int(size) for size in shape_out[::-1]], -1024, dtype=torch.int16).clamp_(*hu_range)
+    inside = out[z_at:z_at + len(z_low), y_at:y_at + len(y_low), x_at:x_at + len(x_low)]
+    for z in range(0, len(z_low), SLAB):  # a few slices at a time through all three axes, which stay in the cache
+        slab = _interpolate(volume, 0, z_low[z:z + SLAB], z_weight[z:z + SLAB])
+        slab = _interpolate(_interpolate(slab, 1, y_low, y_weight), 2, x_low, x_weight)
+        inside[z:z + SLAB] = slab.clamp_(*hu_range).round_()
+    return out.permute(2, 1, 0).contiguous().numpy()
 
 
 def _resample_plan(size, spacing, spacing_out, shape_out):
-    """For one axis: the lower neighbour and the upper one's weight for each output voxel, and the padding (before, after)."""
+    """For one axis: the lower neighbour and the upper one's weight for each output voxel, and the padding before them."""
     resampled = max(1, round(size * spacing / spacing_out))
     kept = min(resampled, shape_out)
     before = (shape_out - kept) // 2
     position = (torch.arange(kept, dtype=torch.float64) + (resampled - kept) // 2) * (spacing_out / spacing)
     position = position.clamp_(0, size - 1)
     low = position.floor().long().clamp_(max=max(size - 2, 0))
-    return low, (position - low).float(), [before, shape_out - kept - before]
+    return low, (position - low).float(), before
 
 
 def _interpolate(volume, axis, low, weight):
