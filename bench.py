@@ -283,7 +283,7 @@ ARMS = {"contrastive": ("none", 0.0, 0.0), "+ summaries": ("", 0.0, 0.0), "+ ban
 
 
 def bench_ablation(arguments):
-    """Four arms on the phantom, each seed and budget the same: AUROC, modality gap and its picture; a table, its CSV and a PNG in assets/.
+    """Four arms on the phantom, each seed and budget the same: AUROC, modality gap and its picture; a table and a PNG in assets/.
 
     Differences are paired: every arm is scored on the same scans and resampled with the same patients, its seeds' AUROC averaged.
     Finished runs in --out are used again, so that more seeds can be added and a stopped bench goes on.
@@ -297,14 +297,14 @@ def bench_ablation(arguments):
     import data
     import evaluate
     import train
-    train.keep_freed_memory()
+    from model import clean
     manifest, summaries = str(train.phantom_manifest()), train.phantom_summaries()
     rows, _ = evaluate.select_rows(manifest, "valid")
     groups = {"CT-RATE's 18": slice(0, 18), "CT-RATE-LT's 15": slice(18, 33)}
     auroc, draws, gaps, pictures = {}, {}, {}, {}
     for seed in range(arguments.seeds):
         for arm, (told, alpha, gamma) in ARMS.items():
-            out = Path(arguments.out) / f"{clean_name(arm)}-{seed}"
+            out = Path(arguments.out) / f"{clean(arm).replace(" ", "_")}-{seed}"
             if not (out / "evaluation" / "metrics.json").exists():
                 command = ["--manifest", manifest, "--summaries", told or summaries, "--preset", "phantom", "--alpha", str(alpha), "--gamma", str(gamma),
                            "--epochs", str(arguments.epochs), "--seed", str(seed), "--out", str(out), "--resume"]
@@ -357,11 +357,6 @@ def bench_ablation(arguments):
             if line == column == 0:
                 axes.legend(frameon=False)
     figure.savefig("assets/ablation.png", dpi=80)
-
-
-def clean_name(text):
-    """A folder's name for an arm."""
-    return "".join(letter if letter.isalnum() else "-" for letter in text).strip("-")
 
 
 def timed(call):

@@ -625,14 +625,19 @@ def heatmap(model, hu, texts, method=None, pairs=PAIRS[:2]):
         return within_patient((seen[stage][1] * gradients[stage])[0].sum(0).relu().cpu().numpy(), hu, model.config)                 # (gx, gy, gz)
 
 
+def patient_box(hu):
+    """Slices (3,) of the bounding box of what is denser than -300 HU in hu (X, Y, Z); the whole where nothing is."""
+    dense = np.asarray(hu) > -300
+    lines = [np.flatnonzero(dense.any(tuple({0, 1, 2} - {axis}))) for axis in range(3)]
+    return tuple(slice(line[0], line[-1] + 1) if len(line) else slice(0, size) for line, size in zip(lines, dense.shape))
+
+
 def within_patient(grid, hu, config):
-    """A map (gx, gy, gz) with its minimum at the cells whose centres lie outside the bounding box of what is denser than -300 HU."""
+    """A map (gx, gy, gz) with its minimum at the cells that lie outside the patient's box."""
     keep = grid.copy()
-    for axis, (stride, offset) in enumerate(zip(*cells(grid, replace(config, shape=hu.shape)))):
-        dense = np.flatnonzero((np.asarray(hu) > -300).any(tuple({0, 1, 2} - {axis})))
+    for axis, (box, stride, offset) in enumerate(zip(patient_box(hu), *cells(grid, replace(config, shape=hu.shape)))):
         centres = np.arange(grid.shape[axis]) * stride + offset
-        if len(dense):
-            np.moveaxis(keep, axis, 0)[(centres < dense[0] - stride / 2) | (centres > dense[-1] + stride / 2)] = grid.min()
+        np.moveaxis(keep, axis, 0)[(centres < box.start - stride / 2) | (centres > box.stop - 1 + stride / 2)] = grid.min()
     return keep
 
 
@@ -1012,12 +1017,11 @@ class Study:
                     near = F.max_pool3d(near, [2 * step + 1 if i == axis else 1 for i in range(3)], 1, [step if i == axis else 0 for i in range(3)])
                 near = near[0].numpy() > 100
                 hu = self.cache.read(row)
-                box = tuple(slice(place.min(), place.max() + 1) for place in np.nonzero(hu > -300))
                 grid = heatmap(self.model, hu, self.asked[name]["positive"], pairs=self.pairs)
                 stride, offset = cells(grid, config)
                 at = tuple(np.minimum(np.array(np.unravel_index(grid.argmax(), grid.shape)) * stride + offset, np.array(hu.shape) - 1).astype(int))
                 hits.append(near[at])
-                chances.append(near[box].mean())
+                chances.append(near[patient_box(hu)].mean())
                 others += [near[last]] if last else []
                 last = at
             if hits:

@@ -294,7 +294,7 @@ def train(settings):
     out, state_file = Path(settings.out), Path(settings.out) / "state" / "last.safetensors"
 
     # data
-    summaries = {} if settings.summaries in ("", "none") else data.read_summaries(settings.summaries)
+    summaries = data.read_summaries(settings.summaries) if settings.summaries else {}
     config = model_config(settings)
     cache = data.Cache(settings.cache or Path(settings.manifest).parent / "cache", config.spacing, config.shape, config.hu_range)
     rows, held_out = training_rows(data.read_manifest(settings.manifest), settings.holdout)
@@ -473,6 +473,8 @@ def main(argv=None):
             dist.barrier()
         if not settings.summaries:
             settings.summaries = phantom_summaries(settings.device)
+    if settings.summaries == "none":
+        settings.summaries = ""
     data.read_manifest(settings.manifest)  # what is wrong with it is said before anything is written
     if not train(settings):
         print(f"stopped; python train.py --out {settings.out} --resume goes on", file=sys.stderr)
@@ -489,7 +491,7 @@ def finish(settings):
     split = next((name for name in ("test", "valid", "validation") if name in splits), None)
     if split:
         result = evaluate.evaluate(settings.out, settings.manifest, split, Path(settings.out) / "evaluation", pairs=scoring(settings),
-                                   cache=settings.cache or None, device=settings.device, summaries=None if settings.summaries in ("", "none") else settings.summaries)
+                                   cache=settings.cache or None, device=settings.device, summaries=settings.summaries or None)
         print(evaluate.evaluation_table(result))
     print(f"\nthe model, its curves and its log: {settings.out}/   " + (f"the evaluation: {settings.out}/evaluation/report.html" if split else "")
           + f"\none scan: python evaluate.py {settings.out} --volume scan.nii.gz")
