@@ -304,7 +304,7 @@ def bench_ablation(arguments):
     auroc, draws, gaps, pictures = {}, {}, {}, {}
     for seed in range(arguments.seeds):
         for arm, (told, alpha, gamma) in ARMS.items():
-            out = Path(arguments.out) / f"{clean(arm).replace(" ", "_")}-{seed}"
+            out = Path(arguments.out) / f"{clean(arm).replace(' ', '_')}-{seed}"
             if not (out / "evaluation" / "metrics.json").exists():
                 command = ["--manifest", manifest, "--summaries", told or summaries, "--preset", "phantom", "--alpha", str(alpha), "--gamma", str(gamma),
                            "--epochs", str(arguments.epochs), "--seed", str(seed), "--out", str(out), "--resume"]
