@@ -524,9 +524,9 @@ class ReportVolumes(torch.utils.data.Dataset):
     """Training pairs, one item per distinct report: (int16 HU (1, x, y, z), text), drawn anew for each key (epoch, item).
 
     A draw takes one of the report's volumes, 1 to 5 sentences of its text without replacement in random order, and a random
-    crop (paper, implementation details). Their number varies, too: were it always 5 where there are as many, a text's length would
-    tell how ill the patient is, and the prompt, one sentence, would look like the healthy. The text is the report's summary where
-    there is one, else the report. The same (seed, epoch, item) gives the same draw, so a resumed run goes on exactly.
+    crop (paper, implementation details). Every second text or so has all that it may have, which tells most; the others have a random
+    number: were it always 5 where there are as many, a text's length would tell how ill the patient is, and the prompt, one
+    sentence, would look like the healthy. The text is the report's summary where there is one, else the report. The same (seed, epoch, item) gives the same draw, so a resumed run goes on exactly.
     """
 
     def __init__(self, rows, cache, summaries=None, crop=None, n_sentences=5, seed=0):
@@ -551,7 +551,8 @@ class ReportVolumes(torch.utils.data.Dataset):
         crop = self.crop or volume.shape
         start = [random.integers(full - size + 1) for full, size in zip(volume.shape, crop)]
         volume = volume[tuple(slice(first, first + size) for first, size in zip(start, crop))]
-        count = random.integers(1, min(self.n_sentences, len(text)) + 1)
+        most = min(self.n_sentences, len(text))
+        count = most if random.random() < 0.5 else random.integers(1, most + 1)
         text = " ".join(text[i] for i in random.permutation(len(text))[:count])
         return torch.from_numpy(numpy.array(volume))[None], text
 

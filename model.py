@@ -32,6 +32,7 @@ class Config:
     hu_range: tuple = (-1000, 1000)     # HU are clipped to it and mapped to [-1, 1]
     mean: float = 0.4978                # then normalised
     std: float = 0.2449
+    windows: tuple = ()                 # else each (low, high) HU is a channel of its own, clipped and mapped to [-1, 1]
     vision: str = "vit"                 # vit, resnet18 or resnet34
     patch: tuple = (16, 16, 8)          # vit: voxels of a patch
     vit_width: int = 768
@@ -54,7 +55,9 @@ class Config:
 
 PRESETS = {
     "base": {},
-    "phantom": dict(spacing=(6.0, 6.0, 6.0), shape=(64, 56, 48), crop=(56, 48, 48), vision="resnet18", resnet_width=16, patch=(8, 8, 8),
+    "phantom": dict(spacing=(6.0, 6.0, 6.0), shape=(64, 56, 48), crop=(56, 48, 48), vision="resnet18",
+                    windows=((-1000, -700), (-1000, -100), (-160, 240), (100, 900), (-1000, 1000)),  # deep lung, lung, soft tissue, bone, all
+                    resnet_width=16, patch=(8, 8, 8),
                     vit_width=96, vit_depth=4, vit_heads=4, vocabulary=2048, text_width=128, text_depth=2, text_heads=4, text_positions=128,
                     dim=128, bank_size=256),
 }
@@ -116,16 +119,16 @@ def sincos_position_embedding(grid, width):
 
 
 class ViT3D(nn.Module):
-    """3D vision transformer: normalised volumes (B, 1, X, Y, Z) -> CLS token (B, C) and patch tokens (B, gx, gy, gz, C).
+    """3D vision transformer: normalised volumes (B, channels, X, Y, Z) -> CLS token (B, C) and patch tokens (B, gx, gy, gz, C).
 
     The position embedding belongs to base_grid = shape / patch and is resized trilinearly for any other grid.
     """
 
-    def __init__(self, shape=(224, 224, 112), patch=(16, 16, 8), width=768, depth=12, heads=12):
+    def __init__(self, shape=(224, 224, 112), patch=(16, 16, 8), width=768, depth=12, heads=12, channels=1):
         super().__init__()
         self.patch, self.width = tuple(patch), width
         self.base_grid = tuple(size // step for size, step in zip(shape, patch))
-        self.patch_embed = nn.ModuleDict({"proj": nn.Conv3d(1, width, self.patch, stride=self.patch)})
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv3d(channels, width, self.patch, stride=self.patch)})
         self.cls_token = nn.Parameter(torch.randn(1, 1, width) * 0.02)
         self.pos_embed = nn.Parameter(F.pad(sincos_position_embedding(self.base_grid, width), (0, 0, 1, 0))[None])
         self.blocks = nn.ModuleList(Block(width, heads, eps=1e-6) for _ in range(depth))
@@ -173,16 +176,16 @@ class Bottleneck(nn.Module):
 
 
 class ResNet3D(nn.Module):
-    """3D residual network: normalised volumes (B, 1, X, Y, Z) -> mean feature (B, C) and features (B, gx, gy, gz, C).
+    """3D residual network: normalised volumes (B, channels, X, Y, Z) -> mean feature (B, C) and features (B, gx, gy, gz, C).
 
     As the authors', "18" is [2, 2, 2, 2] and "34" [3, 4, 6, 3] of bottleneck blocks. Volumes shrink 32 times along each axis.
     """
     BLOCKS = {18: [2, 2, 2, 2], 34: [3, 4, 6, 3]}
 
-    def __init__(self, depth=18, width=64):
+    def __init__(self, depth=18, width=64, channels=1):
         super().__init__()
         self.stem = nn.Sequential(  # two 3 x 3 x 3 convolutions in place of 7 x 7 x 7 and pooling (He et al. 2019): a fifth of the cost
-            nn.Conv3d(1, width // 2, 3, stride=2, padding=1, bias=False), nn.BatchNorm3d(width // 2), nn.ReLU(inplace=True),
+            nn.Conv3d(channels, width // 2, 3, stride=2, padding=1, bias=False), nn.BatchNorm3d(width // 2), nn.ReLU(inplace=True),
             nn.Conv3d(width // 2, width, 3, stride=2, padding=1, bias=False), nn.BatchNorm3d(width), nn.ReLU(inplace=True))
         blocks, channels = [], width
         for stage, count in enumerate(self.BLOCKS[depth]):
@@ -326,10 +329,11 @@ class BrgSA(nn.Module):
     def __init__(self, config=None, tokenizer=None):
         super().__init__()
         self.config = config = config or Config()
+        channels = max(1, len(config.windows))
         if config.vision == "vit":
-            self.vision = ViT3D(config.crop, config.patch, config.vit_width, config.vit_depth, config.vit_heads)
+            self.vision = ViT3D(config.crop, config.patch, config.vit_width, config.vit_depth, config.vit_heads, channels)
         elif config.vision in ("resnet18", "resnet34"):
-            self.vision = ResNet3D(int(config.vision[6:]), config.resnet_width)
+            self.vision = ResNet3D(int(config.vision[6:]), config.resnet_width, channels)
         else:
             raise ValueError(f"vision is '{config.vision}'; vit, resnet18 or resnet34 is needed")
         self.text = TextEncoder(tokenizer, config.vocabulary, config.text_width, config.text_depth, config.text_heads,
@@ -340,7 +344,10 @@ class BrgSA(nn.Module):
         self.scale = nn.Parameter(torch.tensor(float(config.scale)), requires_grad=config.learn_scale)
 
     def normalise(self, volumes):
-        """HU of any type -> the vision encoder's input, float."""
+        """HU of any type (B, 1, X, Y, Z) -> the vision encoder's input, float (B, 1 or one a window, X, Y, Z)."""
+        if self.config.windows:
+            volumes = volumes.float()
+            return torch.cat([((volumes - low) * (2 / (high - low)) - 1).clamp_(-1, 1) for low, high in self.config.windows], dim=1)
         low, high = self.config.hu_range
         gain = 2 / (high - low) / self.config.std  # [low, high] -> [-1, 1] -> (x - mean) / std, in one pass
         return volumes.float().clamp(low, high).mul_(gain).sub_(low * gain + (1 + self.config.mean) / self.config.std)
@@ -397,13 +404,17 @@ class BrgSA(nn.Module):
         unknown = set(settings) - {field.name for field in fields(Config)}
         if unknown:
             raise ValueError(f"{directory / 'config.json'}: unknown settings {', '.join(sorted(unknown))}; not a BrgSA of this version")
-        config = Config(**{name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()})
+        config = Config(**{name: _tuples(value) for name, value in settings.items()})
         model, weights = cls(config, _read_tokenizer(directory)), _read_weights(directory)
         try:
             model.load_state_dict(weights)
         except RuntimeError as error:
             raise ValueError(f"{directory / 'model.safetensors'}: doesn't fit config.json: {str(error).splitlines()[1].strip()}") from None
         return model.eval()
+
+
+def _tuples(value):
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 def _read_json(path):

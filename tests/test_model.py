@@ -36,9 +36,19 @@ def test_every_encoder_embeds_both_modalities_and_every_parameter_gets_a_gradien
 
 
 def test_normalisation_is_the_authors():
-    model = small()
+    model = small(windows=())
     out = model.normalise(torch.tensor([-2000, -1000, 0, 1000, 3000], dtype=torch.int16))
     assert torch.allclose(out, (torch.tensor([-1.0, -1, 0, 1, 1]) - 0.4978) / 0.2449, atol=1e-5)
+
+
+@pytest.mark.parametrize("vision", ["vit", "resnet18"])
+def test_windows_become_channels_and_survive_saving(tmp_path, vision):
+    model = small(vision, windows=((-1000, -500), (0, 200))).eval()
+    out = model.normalise(torch.tensor([-2000, -750, 0, 50, 3000], dtype=torch.int16).view(1, 1, 5, 1, 1))
+    assert torch.allclose(out.flatten(2), torch.tensor([[[-1, 0, 1, 1, 1], [-1, -1, -1, -0.5, 1]]], dtype=torch.float32), atol=1e-6)
+    model.save_pretrained(tmp_path)
+    again = BrgSA.from_pretrained(tmp_path)
+    assert again.config == model.config and torch.equal(again.encode_image(volumes()), model.encode_image(volumes()))
 
 
 def test_patches_are_flattened_as_the_authors_convolution_does():

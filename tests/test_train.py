@@ -191,6 +191,16 @@ def test_every_epoch_draws_each_item_once_and_resumption_starts_where_it_stopped
     assert [sorted(a + b) for a, b in zip(*halves)] == [sorted(batch) for batch in train.BatchKeys(10, 4, epochs=1, seed=0)]
 
 
+def test_the_text_encoder_has_its_own_share_of_the_learning_rate():
+    model = BrgSA(train.Config(**TINY | {"windows": ((-1000, 1000),)}))
+    groups = train.make_optimizer(model, train.Settings(text_lr=0.1, weight_decay=0.5)).param_groups
+    text = {*model.text.parameters(), *model.text_projection.parameters()}
+    assert sum(len(group["params"]) for group in groups) == sum(parameter.requires_grad for parameter in model.parameters())
+    for group in groups:
+        for parameter in group["params"]:
+            assert group["share"] == (0.1 if parameter in text else 1.0) and group["weight_decay"] == (0.5 if parameter.ndim > 1 else 0.0)
+
+
 def test_schedules_warm_up_and_fall():
     settings = train.Settings(lr=1.0, warmup=10, schedule="cosine")
     rates = [train.learning_rate(settings, step, 100) for step in range(100)]
