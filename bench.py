@@ -279,7 +279,7 @@ def bench_attention(arguments):
                       f"{12 * flops / both:.0f} | {12e9 * flops / both / rate:.0%} | {both / faster:.2f} | {memory / 2 ** 20:.1f} |", flush=True)
 
 
-ARMS = {"contrastive": ("none", 0.0, 0.0), "+ summaries": ("", 0.0, 0.0), "+ bank": ("none", 0.5, 1.0), "+ both: BrgSA": ("", 0.5, 1.0)}  # summaries, alpha, gamma
+ARMS = {"contrastive": ("none", 0.0, 0.0), "+ summaries": ("", 0.0, 0.0), "+ bank": ("none", 0.02, 1.0), "+ both: BrgSA": ("", 0.02, 1.0)}  # summaries, alpha, gamma
 
 
 def bench_ablation(arguments):

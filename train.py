@@ -81,7 +81,7 @@ class Settings:
 SCHEDULES = {
     "base": {},
     # a reconstruction loss of the authors' weight draws all embeddings into one point early on; so does a text encoder that learns as fast as the vision encoder
-    "phantom": dict(epochs=40, batch=32, optimizer="adamw", lr=3e-3, text_lr=0.1, beta1=0.9, weight_decay=0.02, schedule="cosine", warmup=30, clip=1.0, alpha=0.02,
+    "phantom": dict(epochs=50, batch=32, optimizer="adamw", lr=3e-3, text_lr=0.1, beta1=0.9, weight_decay=0.02, schedule="cosine", warmup=30, clip=1.0, alpha=0.02,
                     holdout=0.1),
 }
 PHANTOM = dict(train=800, valid=240, seed=0, masks=True)
