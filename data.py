@@ -526,7 +526,8 @@ class ReportVolumes(torch.utils.data.Dataset):
     A draw takes one of the report's volumes, 1 to 5 sentences of its text without replacement in random order, and a random
     crop (paper, implementation details). Every second text or so has all that it may have, which tells most; the others have a random
     number: were it always 5 where there are as many, a text's length would tell how ill the patient is, and the prompt, one
-    sentence, would look like the healthy. The text is the report's summary where there is one, else the report. The same (seed, epoch, item) gives the same draw, so a resumed run goes on exactly.
+    sentence, would look like the healthy. The text is the report's summary where there is one, else the report. The same
+    (seed, epoch, item) gives the same draw, so a resumed run goes on exactly.
     """
 
     def __init__(self, rows, cache, summaries=None, crop=None, n_sentences=5, seed=0):

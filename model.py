@@ -57,9 +57,8 @@ PRESETS = {
     "base": {},
     "phantom": dict(spacing=(6.0, 6.0, 6.0), shape=(64, 56, 48), crop=(56, 48, 48), vision="resnet18",
                     windows=((-1000, -700), (-1000, -100), (-160, 240), (100, 900), (-1000, 1000)),  # deep lung, lung, soft tissue, bone, all
-                    resnet_width=16, patch=(8, 8, 8),
-                    vit_width=96, vit_depth=4, vit_heads=4, vocabulary=2048, text_width=128, text_depth=2, text_heads=4, text_positions=128,
-                    dim=128, bank_size=256),
+                    resnet_width=16, patch=(8, 8, 8), vit_width=96, vit_depth=4, vit_heads=4, vocabulary=2048,
+                    text_width=128, text_depth=2, text_heads=4, text_positions=128, dim=128, bank_size=256),
 }
 
 
