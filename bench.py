@@ -128,6 +128,7 @@ print(json.dumps({"times": times, "peak MiB": peak / 1024}))
 def bench_summarize(arguments):
     """The decoder beside transformers' generate on random weights of Qwen2.5-0.5B's dimensions; the small summarizer on phantom reports it wasn't trained on."""
     import json
+    import re
     import subprocess
     import sys
     import tempfile
@@ -153,6 +154,10 @@ def bench_summarize(arguments):
         wrong = sum(bool(set(found[i] or ()) - set(names)) for i, (_, names) in enumerate(pairs)) / len(pairs)
         print(f"\n{wordings} wordings: {1000 / elapsed:.0f} reports/s; {100 * wrong:.1f} % of reports have an abnormality affirmed that they deny or don't name; "
               f"{sum(names is None for names in found.values())} unreadable answers\n{summarize.format_score(table)}")
+    known = {summarize.key(word) for name, others in summarize.BENCHMARK_NAMES.items() for word in (name, *others.split("|"))}
+    held_out = [phrase for _, *parts in phantom.GRAMMAR.values() for part in parts[1::2] for phrase in part.split("|")]
+    met = sum(summarize.key(re.sub(r"{\w+}", "", phrase)) in known for phrase in held_out)
+    print(f"\n{met} of {len(held_out)} held-out phrases are synonyms of summarize.py, which `fit` mixes in")
     if arguments.small:
         return None
 
@@ -279,7 +284,7 @@ def bench_attention(arguments):
                       f"{12 * flops / both:.0f} | {12e9 * flops / both / rate:.0%} | {both / faster:.2f} | {memory / 2 ** 20:.1f} |", flush=True)
 
 
-ARMS = {"contrastive": ("none", 0.0, 0.0), "+ summaries": ("", 0.0, 0.0), "+ bank": ("none", 0.02, 1.0), "+ both: BrgSA": ("", 0.02, 1.0)}  # summaries, alpha, gamma
+ARMS = {"contrastive": ("none", False), "+ summaries": ("", False), "+ bank": ("none", True), "+ both: BrgSA": ("", True)}  # summaries; the bank's losses, as the preset weighs them
 
 
 def bench_ablation(arguments):
@@ -303,10 +308,10 @@ def bench_ablation(arguments):
     groups = {"CT-RATE's 18": slice(0, 18), "CT-RATE-LT's 15": slice(18, 33)}
     auroc, draws, gaps, pictures = {}, {}, {}, {}
     for seed in range(arguments.seeds):
-        for arm, (told, alpha, gamma) in ARMS.items():
+        for arm, (told, bank) in ARMS.items():
             out = Path(arguments.out) / f"{clean(arm).replace(' ', '_')}-{seed}"
             if not (out / "evaluation" / "metrics.json").exists():
-                command = ["--manifest", manifest, "--summaries", told or summaries, "--preset", "phantom", "--alpha", str(alpha), "--gamma", str(gamma),
+                command = ["--manifest", manifest, "--summaries", told or summaries, "--preset", "phantom", *(() if bank else ("--alpha", "0", "--gamma", "0")),
                            "--epochs", str(arguments.epochs), "--seed", str(seed), "--out", str(out), "--resume"]
                 if train.main(command):
                     return print("stopped; the same command goes on")
@@ -327,7 +332,7 @@ def bench_ablation(arguments):
     percent = lambda values: f"{100 * np.mean(values):.1f} ± {100 * np.std(values, ddof=1 if len(values) > 1 else 0):.1f}"
     lines = [f"| arm | {' | '.join(f'{name}, macro AUROC | against contrastive (95 %), p' for name in groups)} | gap: centroid distance | "
              "linear separability | the same after the bank |", "|---" * 8 + "|"]
-    for arm, (told, alpha, gamma) in ARMS.items():
+    for arm, (_, bank) in ARMS.items():
         cells = []
         for name in groups:
             difference = np.mean(draws[arm, name], 0) - np.mean(draws["contrastive", name], 0)
@@ -337,7 +342,7 @@ def bench_ablation(arguments):
                       f"{100 * (np.mean(auroc[arm, name]) - np.mean(auroc['contrastive', name])):+.1f} ({100 * low:+.1f} to {100 * high:+.1f}), {p:.3f}"]
         gap = lambda when, key: np.mean([result[when][key] for result in gaps[arm]])
         cells += [f"{gap('before', 'centroid_distance'):.2f}", f"{gap('before', 'linear_separability'):.2f}",
-                  f"{gap('after', 'centroid_distance'):.2f}, {gap('after', 'linear_separability'):.2f}" if gamma else ""]
+                  f"{gap('after', 'centroid_distance'):.2f}, {gap('after', 'linear_separability'):.2f}" if bank else ""]
         lines.append(f"| {arm} | " + " | ".join(cells) + " |")
     text = "\n".join(lines) + f"\n\n{arguments.seeds} seeds, {arguments.epochs} epochs each, {len(rows)} volumes of {len(set(patients))} patients\n"
     print(text)
@@ -348,7 +353,7 @@ def bench_ablation(arguments):
         for line, when in enumerate(("before", "after")):
             axes = figure.add_subplot(2, len(pictures), line * len(pictures) + column + 1)
             axes.set(xticks=[], yticks=[], aspect="equal", title=arm if when == "before" else "after the bank", adjustable="datalim")
-            if when == "after" and not ARMS[arm][2]:
+            if when == "after" and not ARMS[arm][1]:
                 axes.set_axis_off()
                 axes.set_title("no bank", color="grey")
                 continue
