@@ -138,7 +138,7 @@ class ViT3D(nn.Module):
         _, _, *shape = volumes.shape
         if any(size % step for size, step in zip(shape, self.patch)):
             raise ValueError(f"a volume of {tuple(shape)} voxels can't be cut into patches of {self.patch}; each size must be a multiple")
-        x = self.patch_embed["proj"](volumes)                                    # (B, C, gx, gy, gz)
+        x = self.patch_embed["proj"](volumes.contiguous(memory_format=torch.channels_last_3d))  # (B, C, gx, gy, gz)
         grid = x.shape[2:]
         x = x.flatten(2).transpose(1, 2)                                         # (B, N, C)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.position_embedding(grid)

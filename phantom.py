@@ -404,44 +404,50 @@ def _say(rng, phrases, frames, lesions):
     return _capital(phrase)
 
 
-def report(found, rng, wordings="usual"):
-    """A report of `found` (see findings) -> (Findings, Impressions). rng: random.Random; wordings: "usual", or "held-out" (in no data set).
+def statements(found, rng, wordings="usual"):
+    """The sentences of a report of `found` (see findings), of Findings and of Impressions: lists of (sentence, names affirmed, names denied).
 
-    Each abnormality found is affirmed in the findings and mostly in the impression; any other is left out or negated.
+    rng: random.Random; wordings: "usual", or "held-out" (in no data set). Each abnormality found is affirmed in the findings and mostly in the
+    impression; any other is left out, negated, or excluded by a statement that all is normal.
     """
     held = wordings == "held-out"
     organs = {organ: [] for organ in NORMAL}
     for name, (organ, *phrases) in GRAMMAR.items():
         if name in found:
-            organs[organ].append(_say(rng, phrases[held], FRAMES[wordings], found[name]))
+            organs[organ].append((_say(rng, phrases[held], FRAMES[wordings], found[name]), [name], []))
     for organ, sentences in organs.items():
         absent = [name for name in ABNORMALITIES if name not in found and GRAMMAR[name][0] == organ]
         for _ in range(rng.choice((0, 0, 1)) + (organ == "lungs")):
             names = rng.sample(absent, min(len(absent), rng.choice((1, 1, 2, 2, 3))))
             if names:
                 no = _join((rng.choice(GRAMMAR[name][5 + held].split("|")) for name in names), " or ")
-                sentences.append(rng.choice(NEGATIONS[wordings].split("|")).format(no=no, No=_capital(no)))
+                sentences.append((rng.choice(NEGATIONS[wordings].split("|")).format(no=no, No=_capital(no)), [], names))
         rng.shuffle(sentences)
         if organ != "devices" or rng.random() < .5:
-            true = [text for text, unless in NORMAL[organ] if not any(name in found for name in unless)]
+            true = [(text, [], unless) for text, unless in NORMAL[organ] if not any(name in found for name in unless)]
             talkative = (organ in ("abdomen", "bones", "lungs")) + 2 * (len(found) < 4)
             sentences[:0] = rng.sample(true, min(len(true), rng.choice(((0, 0, 1), (0, 1, 2), (0, 1, 1), (1, 2, 2))[talkative])))
-    text = " ".join(sentence for sentences in organs.values() for sentence in sentences)
-    summary = [_say(rng, GRAMMAR[name][3 + held], IMPRESSION_FRAMES[wordings], found[name]) for name in found if rng.random() < .85]
-    rng.shuffle(summary)
+    impression = [(_say(rng, GRAMMAR[name][3 + held], IMPRESSION_FRAMES[wordings], found[name]), [name], []) for name in found if rng.random() < .85]
+    rng.shuffle(impression)
     if not found:
-        summary = [rng.choice(NO_FINDINGS)]
-    return text, " ".join(summary) if rng.random() > .04 else ""
+        impression = [(rng.choice(NO_FINDINGS), [], [])]
+    return [sentence for sentences in organs.values() for sentence in sentences], impression if rng.random() > .04 else []
+
+
+def report(found, rng, wordings="usual"):
+    """A report of `found` -> (Findings, Impressions); the arguments are those of `statements`, whose sentences it joins."""
+    return tuple(" ".join(text for text, _, _ in part) for part in statements(found, rng, wordings))
 
 
 def reports(n, seed, wordings="usual", enriched=False):
-    """Yield n pairs (report text as in a manifest: findings then impression, names of the abnormalities affirmed); no volume is drawn.
+    """Yield n triples (report text as in a manifest: findings then impression, names affirmed, names denied); no volume is drawn.
 
     enriched=True has the rare abnormalities at 6 to 10 %, as the valid split. Independent of any scan that `write` writes.
     """
     for index in range(n):
         found = findings(seed, "reports", index, enriched)
-        yield " ".join(filter(None, report(found, random.Random(f"report {seed} reports {index} {wordings}"), wordings))), list(found)
+        said = sum(statements(found, random.Random(f"report {seed} reports {index} {wordings}"), wordings), [])
+        yield " ".join(text for text, _, _ in said if text), list(found), {name for _, _, denied in said for name in denied}
 
 
 # ------------------------------------------------------------------------------------------------ what is seen: the patient

@@ -721,27 +721,51 @@ def line(entry):
     return json.dumps(entry, ensure_ascii=False) + "\n"
 
 
+def split_sentences(report):
+    """A report's sentences, as a checkpoint reads them whose config.json says "reads": "sentences"."""
+    return [part for part in re.split(r"(?<=[.!?;])\s+|\n+", report.strip()) if re.search(r"[^\W\d_]", part)]
+
+
 def answers(llm, reports, batch_size=None, max_new_tokens=192, progress=False):
-    """Yield (index, abnormalities or None, answer, cut) of reports (list of str); None: unreadable twice, the second time sampled. cut: see Chat.prompts."""
-    prompts = llm.chat.prompts(reports, llm.config.context - max_new_tokens)
+    """Yield (index, abnormalities or None, answer, cut) of reports (list of str); None: unreadable twice, the second time sampled. cut: see Chat.prompts.
+
+    A checkpoint that reads sentences is asked once for each distinct sentence; a report's abnormalities are then those of its sentences.
+    """
+    bar = tqdm(total=len(reports), unit=" reports", desc="summarize", disable=not progress)
+    if llm.raw.get("reads") != "sentences":
+        for result in _answers(llm, reports, batch_size, max_new_tokens, bar):
+            bar.update()
+            yield result
+    else:
+        told, each = {}, 500
+        for first in range(0, len(reports), each):  # a part at a time, so that a killed run has lost little
+            parts = {i: split_sentences(reports[i]) for i in range(first, min(first + each, len(reports)))}
+            new = list(dict.fromkeys(sentence for sentences in parts.values() for sentence in sentences if sentence not in told))
+            told |= {new[i]: result for i, *result in _answers(llm, new, batch_size, max_new_tokens, bar)}
+            for i, sentences in parts.items():
+                found, answer, cut = zip(*(told[sentence] for sentence in sentences)) if sentences else ([[]], [""], [False])
+                bar.update()
+                yield i, None if None in found else list(dict.fromkeys(name for names in found for name in names)), "\n".join(answer), any(cut)
+    bar.close()
+
+
+def _answers(llm, texts, batch_size, max_new_tokens, bar):
+    prompts = llm.chat.prompts(texts, llm.config.context - max_new_tokens)
     batch_size = batch_size or (64 if llm.device.type == "cuda" or llm.config.width <= 512 else 8)
-    bar, tokens, start = tqdm(total=len(reports), unit=" reports", desc="summarize", disable=not progress), 0, time.time()
-    todo, failed = list(range(len(reports))), []
+    todo, failed, tokens, start = list(range(len(texts))), [], 0, time.time()
     for retry in (False, True):
         for place, ids in llm.generate_ids([prompts[i][0] for i in todo], max_new_tokens, *((0.7, 0.9, 1) if retry else ()), batch_size=batch_size):
             i, answer = todo[place], llm.chat.tokenizer.decode(ids)
-            found = parse(answer, reports[i], len(ids) < max_new_tokens)
+            found = parse(answer, texts[i], len(ids) < max_new_tokens)
             tokens += len(prompts[i][0]) + len(ids)
             if found is None and not retry:
                 failed.append(i)
                 continue
-            bar.update()
             bar.set_postfix_str(f"{tokens / (time.time() - start):.0f} tokens/s", refresh=False)
             yield i, found, answer, prompts[i][1]
         todo = failed
         if not todo:
             break
-    bar.close()
 
 
 def run(checkpoint, manifest_path, out_path, batch_size=None, device=None, max_new_tokens=192, progress=True):
@@ -823,81 +847,6 @@ def format_score(table):
 
 
 # ------------------------------------------------------------------------------------------------ fit: distil a small summarizer
-# Sentences of our own, mixed into the training reports so that a small model meets more words than its pairs hold; {x}: a name or another way to say it.
-AFFIRMING = (
-    "There is {x}.|There is {x} {w}.|{x} is present.|{x} is present {w}.|{x} {w}.|{x}.|{x} is seen {w}.|{x} was seen.|{x} is noted {w}."
-    "|{x} was noted.|{x} was found {w}.|{x} is shown.|{x} detected {w}.|{x} can be seen {w}.|{x} stands out {w}.|{x} draws attention {w}."
-    "|The images show {x} {w}.|The scan demonstrates {x}.|CT shows {x} {w}.|We see {x} {w}.|Findings are consistent with {x}."
-    "|Findings compatible with {x} {w}.|Appearance suggestive of {x}.|Signs of {x} are visible {w}.|Imaging features of {x}."
-    "|Impression: {x}.|Diagnosis: {x}.|Result: {x} {w}.|Evidence of {x} {w}.|Marked {x} {w}.|Mild {x} is visible.|Small {x} {w}."
-    "|Extensive {x} is demonstrated {w}.|Unchanged {x} {w}.|Persistent {x} is again seen.|Known {x} persists.|Newly developed {x} {w}."
-    "|{x} has increased since the prior exam.|{x} and {y} are present.|There are {x} and {y}.|{x} with accompanying {y} {w}."
-    "|Both {x} and {y} were noted.|{x} is accompanied by {y}.|{x} as well as {y} is found.|In addition there is {x}."
-    "|Further {x} is recorded {w}.|Note is made of {x} {w}.|Remarkable for {x}.|The study is positive for {x}.|Incidental {x} {w}."
-    "|{x} is evident.|{x} is apparent {w}.|One observes {x} {w}.|{x} is recognised {w}.|{x} could be made out {w}."
-    "|The current study displays {x}.|This investigation uncovers {x}.|{x} exists {w}.|{x} is confirmed.|{x} is conspicuous {w}."
-    "|{x} is discernible {w}."
-).split("|")
-NEGATING = (
-    "No {x}.|No {x} {w}.|No {x} is seen.|No {x} was seen {w}.|No {x}, {y} or {z}.|There is no {x}.|There is no {x} or {y}."
-    "|There are no {x}.|There is no evidence of {x}.|No evidence of {x} or {y}.|No sign of {x}.|No signs of {x}, {y} or {z} were found."
-    "|{x} was not seen.|{x} is not seen {w}.|{x} is not present.|{x} was not detected.|{x} and {y} were not observed."
-    "|{x} or {y} is not visible.|{x} could not be found.|{x} cannot be shown.|Without {x}.|Without {x} or {y}.|Lungs without {x}."
-    "|Negative for {x}.|The study is negative for {x} and {y}.|Free of {x}.|The lungs are free of {x} or {y}.|Absence of {x} {w}."
-    "|Absent {x}.|{x}: absent.|{x} and {y} are both absent.|{x}: none.|{x}: no.|Lack of {x}.|There is a lack of {x}."
-    "|Signs of {x} are lacking.|The scan lacks {x}.|Neither {x} nor {y} is seen.|Neither {x}, {y} nor {z} was found."
-    "|The study shows neither {x} nor {y}.|No {x} nor {y}.|{x} is excluded.|{x} was ruled out.|{x} is ruled out on this examination."
-    "|{x} has been excluded.|The former {x} has disappeared.|The {x} of the prior study has resolved."
-    "|Previously noted {x} is no longer seen.|{x} is no longer present.|{x} has regressed completely.|Complete resolution of {x}."
-    "|Complete disappearance of {x} since the former study.|{x} has cleared.|Earlier {x} healed without residue."
-    "|The {x} described before is gone.|{x} vanished.|{x} resolved in the interval.|History of {x}, now resolved.|History of {x}."
-    "|Status after {x}.|{x} in the past.|Treated {x} in the history, not visible now.|Clinical question: {x}?|Referred for suspected {x}."
-    "|Indication: {x}?|Nothing suggests {x}.|Nothing to suggest {x} or {y}.|No findings in favour of {x}.|Findings do not support {x}."
-    "|The images do not show {x}.|The scan does not demonstrate {x} or {y}.|We do not see {x}.|{x} is unlikely.|{x} is not evident."
-    "|{x} is not apparent {w}.|{x} has not developed.|Neither now nor earlier was {x} present."
-    "|Neither the current nor the prior CT shows {x}.|{x} is denied.|{x} is missing.|Not a trace of {x}.|At no level is {x} visible."
-    "|None of {x}, {y} and {z} is present.|{x} is nowhere to be seen.|Hardly any doubt that {x} is absent.|Devoid of {x}.|Clear of {x}."
-    "|{x} fails to appear."
-).split("|")
-PLACES = (
-    "in the right upper lobe|in the left lower lobe|in the middle lobe|in the lingula|in both lungs|on the right|on the left"
-    "|on both sides|bilaterally|at the bases|at the apex|in the upper zones|in several segments|posteriorly|peripherally"
-    "|at the hilar level|along the descending aorta|at the level of the carina|measuring 12 mm|up to 8 mm in size|of 3 cm"
-    "|more on the left|to a mild degree|at a glance|on this examination|in the sections"
-).split("|")
-
-
-def augment(report, names, rng, keep=0.6, more=2.5):
-    """A (report, names) pair with sentences of our own put in: some affirm names (added to the pair's), some deny what the report doesn't affirm.
-
-    keep: how often the pair's report is there at all; else our sentences make a short report alone. more: how many sentences of either kind, about.
-    """
-    parts = re.split(r"(?<=[.!?])\s+", report.strip()) if rng.random() < keep else []
-    names = set(names) if parts else set()
-    absent = [name for name in BENCHMARK_NAMES if name not in names]
-    rng.shuffle(absent)
-
-    def say(frames, count):
-        chosen = [absent.pop() for _ in range(min(count, len(absent)))]
-        words = [rng.choice([name, *BENCHMARK_NAMES[name].split("|")]).lower() for name in chosen]
-        words = [word if rng.random() < .6 else re.sub(r"(?<=[^s])$", "s", word) for word in words]
-        frame = rng.choice([frame for frame in frames if count == 1 + ("{y}" in frame) + ("{z}" in frame)])
-        words += [""] * (3 - len(words))
-        return chosen, re.sub(r" +(?=\.)", "", frame.format(x=words[0], y=words[1], z=words[2], w=rng.choice(PLACES + [""] * 12)))
-    counts = [min(int(rng.expovariate(1 / more)), 8) for _ in range(2)]
-    counts[rng.random() < .5] += not (parts or sum(counts))
-    for frames, times in zip((AFFIRMING, NEGATING), counts):
-        for _ in range(times):
-            count = min(rng.choice((1, 1, 1, 2, 2, 3)), 3 if frames is NEGATING else 2)
-            if len(absent) >= count:
-                chosen, sentence = say(frames, count)
-                names |= set(chosen) if frames is AFFIRMING else set()
-                parts.insert(rng.randint(0, len(parts)), sentence)
-    if rng.random() < .5:
-        rng.shuffle(parts)
-    return " ".join(parts), names
-
-
 def read_pairs(path, manifest=None):
     """Lines {"report" or "report_sha256", "abnormalities"} -> list of (report, names); a report_sha256 is looked up in `manifest`."""
     reports = {sha256(row["report"]): row["report"] for row in read_manifest(manifest)} if manifest else {}
@@ -924,8 +873,8 @@ SPECIALS = ["<|pad|>", "<|report|>", "<|answer|>", "<|end|>"]
 SMALL_TEMPLATE = "<|report|>{{ messages[-1]['content'] }}<|answer|>"  # a small model has its task in its weights: it needs neither instruction nor examples
 
 
-def new_checkpoint(out, texts, vocab, width, layers, heads, seed):
-    """Write a Llama of random weights, with a lower-casing byte-level BPE tokenizer trained on texts, into directory `out`."""
+def new_checkpoint(out, texts, vocab, width, layers, heads, seed, reads):
+    """Write a Llama of random weights, with a lower-casing byte-level BPE tokenizer trained on texts, into directory `out`; reads: see `fit`."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer, tokenizer.decoder = normalizers.Lowercase(), decoders.ByteLevel()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=True)])
@@ -934,7 +883,7 @@ def new_checkpoint(out, texts, vocab, width, layers, heads, seed):
     config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": tokenizer.get_vocab_size(), "hidden_size": width,
               "intermediate_size": 2 * width, "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": heads,
               "head_dim": width // heads, "hidden_act": "silu", "rms_norm_eps": 1e-6, "max_position_embeddings": 1024, "rope_theta": 10000.0,
-              "tie_word_embeddings": True, "bos_token_id": None, "eos_token_id": 3, "pad_token_id": 0, "dtype": "float32"}
+              "tie_word_embeddings": True, "bos_token_id": None, "eos_token_id": 3, "pad_token_id": 0, "dtype": "float32", "reads": reads}
     generator, shapes = torch.Generator().manual_seed(seed), Config.from_dict(config).shapes()
     weights = {name: torch.ones(shape) if len(shape) == 1 else torch.randn(shape, generator=generator) * 0.05 for name, shape in shapes.items()}
     out.mkdir(parents=True, exist_ok=True)
@@ -959,17 +908,14 @@ def save(llm, out, dtype):
     write_atomically(out / "config.json", lambda path: path.write_text(json.dumps(config, indent=1) + "\n", "utf-8"))
 
 
-def batches(pairs, llm, tokens, steps, synthetic, rng):
+def batches(pairs, llm, tokens, steps, rng):
     """`steps` batches of about `tokens` tokens: ids (B, T), padded on the right, and the answer's mask over ids[:, 1:].
 
-    Pools are sorted by length, so that little is padding. With synthetic sentences, one makes a report at first; whole reports join at 40 to 80 % of the steps.
+    Pools are sorted by length, so that little is padding.
     """
     end, tokenizer, done = sorted(llm.stops)[:1], llm.chat.tokenizer, 0
     while done < steps:
-        pool = [rng.choice(pairs) for _ in range(1024)]
-        if synthetic:
-            stage = done / steps
-            pool = [augment(*pair, rng, 0.6 * min(max(2.5 * stage - 1, 0), 1), 0.3 + 2.2 * min(4 * stage, 1)) for pair in pool]
+        pool = [rng.choice(pairs) for _ in range(4096)]
         answers = tokenizer.encode_batch([answer_text(names) for _, names in pool], add_special_tokens=False)
         prompts = llm.chat.prompts([report for report, _ in pool], llm.config.context - 256)
         items = [(prompt + (answer.ids + end)[:256], len(prompt)) for (prompt, _), answer in zip(prompts, answers)]
@@ -984,21 +930,23 @@ def batches(pairs, llm, tokens, steps, synthetic, rng):
             yield ids, torch.tensor([[start <= i < len(ids) for i in range(1, width)] for ids, start in rows])
 
 
-def fit(pairs_path, out, checkpoint=None, manifest=None, vocab=2000, width=128, layers=4, heads=4, steps=3000, tokens=3000, lr=2e-3, synthetic=True,
-        dtype=torch.bfloat16, device=None, seed=0, on_step=None):
+def fit(pairs_path, out, checkpoint=None, manifest=None, vocab=2000, width=128, layers=4, heads=4, steps=3000, tokens=3000, lr=2e-3, reads="reports",
+        dropout=0.0, dtype=torch.bfloat16, device=None, seed=0, on_step=None):
     """Train a summarizer on (report, names) pairs and save it as a Hugging Face checkpoint: from `checkpoint`, or a new small Llama.
 
     Cross-entropy of the answer's tokens alone, AdamW, a cosine of the learning rate. Pairs held out (2 %, at most 500) are scored at the end: returns
-    micro F1 on them. synthetic: mix in sentences of our own (see augment). on_step(step, loss) is called after each step.
+    micro F1 on them. reads: "sentences" where the pairs are single sentences, which are then what the new checkpoint is asked for, one by one. dropout: of the
+    tokenizer's merges in training, so that words are met in other pieces, too (BPE-dropout, Provilkov et al. 2020). on_step(step, loss) is called after each step.
     """
     rng, out, pairs = random.Random(seed), Path(out), read_pairs(pairs_path, manifest)
     rng.shuffle(pairs)
     held, pairs = pairs[:min(len(pairs) // 50 + 1, 500)], pairs[min(len(pairs) // 50 + 1, 500):]
     if checkpoint is None:
-        sample = [augment(*pair, rng) if synthetic else pair for pair in pairs[:20000]]
-        texts = [text for report, names in sample for text in (report, answer_text(names))]
-        new_checkpoint(out, texts, vocab, width, layers, heads, seed)
+        texts = [text for report, names in pairs[:20000] for text in (report, answer_text(names))]
+        new_checkpoint(out, texts, vocab, width, layers, heads, seed, reads)
     llm = LLM.from_pretrained(checkpoint or out, device, torch.float32, trainable=True)
+    if dropout:
+        llm.chat.plain.model.dropout = dropout
     whole = [llm.embedding, llm.norm] if llm.config.tied else [llm.embedding, llm.norm, llm.head]
     parameters = [weight.requires_grad_() for weight in [*whole, *(weight for layer in llm.layers for weight in layer.values())]]
     groups = [{"params": [weight for weight in parameters if weight.ndim == n], "weight_decay": decay} for n, decay in ((2, 0.05), (1, 0.0))]
@@ -1006,7 +954,7 @@ def fit(pairs_path, out, checkpoint=None, manifest=None, vocab=2000, width=128, 
     rate = lambda step: min((step + 1) / (0.05 * steps), 0.5 + 0.5 * math.cos(math.pi * min(step / steps, 1)))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     fast = llm.device.type == "cuda" or fast_on_cpu(torch.bfloat16)
-    bar = tqdm(enumerate(batches(pairs, llm, tokens, steps, synthetic, rng)), total=steps, unit=" steps", desc="fit")
+    bar = tqdm(enumerate(batches(pairs, llm, tokens, steps, rng)), total=steps, unit=" steps", desc="fit")
     for step, (ids, answer) in bar:
         ids, answer = ids.to(llm.device), answer.to(llm.device)
         with torch.autocast(llm.device.type, torch.bfloat16, enabled=fast):
@@ -1038,7 +986,8 @@ def main():
         for name, value in (("vocab", 2000), ("width", 128), ("layers", 4), ("heads", 4), ("steps", 3000), ("tokens", 3000), ("seed", 0)):
             parser.add_argument(f"--{name}", type=int, default=value)
         parser.add_argument("--lr", type=float, default=2e-3)
-        parser.add_argument("--no-synthetic", action="store_true", help="train on the pairs as they are, without sentences of our own mixed in")
+        parser.add_argument("--reads", choices=["reports", "sentences"], default="reports", help="what a new checkpoint is asked for: sentences where the pairs are such")
+        parser.add_argument("--dropout", type=float, default=0.0, help="of the tokenizer's merges in training (BPE-dropout)")
         parser.add_argument("--device")
     else:
         parser.add_argument("--checkpoint", default=default, help="a Hugging Face checkpoint directory (default: the small one for the phantom's reports)")
@@ -1051,7 +1000,7 @@ def main():
     a = parser.parse_args()
     try:
         if sys.argv[1:2] == ["fit"]:
-            f1 = fit(a.pairs, a.out, a.checkpoint, a.manifest, a.vocab, a.width, a.layers, a.heads, a.steps, a.tokens, a.lr, not a.no_synthetic,
+            f1 = fit(a.pairs, a.out, a.checkpoint, a.manifest, a.vocab, a.width, a.layers, a.heads, a.steps, a.tokens, a.lr, a.reads, a.dropout,
                      device=a.device, seed=a.seed)
             print(f"{a.out}: saved; micro F1 on pairs held out: {f1:.3f}")
         elif a.dry_run:

@@ -126,7 +126,8 @@ def test_prevalences_are_those_asked_for(split):
 
 @pytest.mark.parametrize("wordings", ["usual", "held-out"])
 def test_reports_affirm_what_was_found_and_nothing_else(wordings):
-    for text, names in phantom.reports(800, 7, wordings, enriched=True):
+    for text, names, denied in phantom.reports(800, 7, wordings, enriched=True):
+        assert denied and not denied & set(names)
         assert 25 < len(text.split()) < 450 and "{" not in text and " ," not in text
         affirmed = [sentence for sentence in re.split(r"(?<=[.;]) ", text) if not NEGATED.search(sentence) and sentence.rstrip(".;") + "." not in NORMAL]
         for name in phantom.ABNORMALITIES:

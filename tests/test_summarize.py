@@ -3,6 +3,7 @@ import csv
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -220,7 +221,7 @@ def fitted(tmp_path_factory):
         pairs.append((" ".join([f"Scan {i}.", *(words[name] for name in names), "Nothing more is said."]), names))
     lines = [json.dumps({"report": report, "abnormalities": names}) + "\n" for report, names in pairs]
     (directory / "pairs.jsonl").write_text("".join(lines))
-    f1 = summarize.fit(directory / "pairs.jsonl", directory / "model", vocab=400, width=32, layers=2, heads=2, steps=500, tokens=600, lr=5e-3, synthetic=False,
+    f1 = summarize.fit(directory / "pairs.jsonl", directory / "model", vocab=400, width=32, layers=2, heads=2, steps=500, tokens=600, lr=5e-3,
                        dtype=torch.float32, device="cpu")
     return directory, pairs, f1
 
@@ -314,6 +315,21 @@ def test_a_report_longer_than_the_context_is_cut_after_a_sentence_and_says_so(fi
     assert "1 cut at a sentence" in output and json.loads((tmp_path / "s.jsonl").read_text())["cut"] is True
 
 
+def test_a_checkpoint_that_reads_sentences_is_asked_each_distinct_one_once(fitted, tmp_path, monkeypatch):
+    shutil.copytree(fitted[0] / "model", tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"reads": "sentences"}))
+    sentences = ["A dot is there.", "Fluid fills the sac.", "Holes abound.", "Nothing more is said."]
+    alone = {sentences[i]: set(names) for i, names, _, _ in summarize.answers(summarize.LLM.from_pretrained(fitted[0] / "model", "cpu"), sentences)}
+    assert any(alone.values())
+    asked, prompts = [], summarize.Chat.prompts
+    monkeypatch.setattr(summarize.Chat, "prompts", lambda chat, texts, *rest: asked.extend(texts) or prompts(chat, texts, *rest))
+    reports = {"A dot is there. Fluid fills the sac.\nHoles abound.": sentences[:3], "1. Holes abound.": sentences[2:3], "": [], "Nothing more is said. A dot is there.": sentences[::-3]}
+    for i, names, _, cut in summarize.answers(summarize.LLM.from_pretrained(tmp_path / "model", "cpu"), list(reports)):
+        assert set(names) == set().union(*(alone[sentence] for sentence in list(reports.values())[i])) and len(names) == len(set(names)) and not cut
+    assert asked == sentences
+
+
 def test_dry_run_prints_prompts_and_answers_and_writes_nothing(fitted, tmp_path, command):
     directory, pairs, _ = fitted
     table = manifest(tmp_path / "m.csv", [report for report, _ in pairs[:5]])
@@ -398,12 +414,13 @@ def test_the_small_summarizer_reads_phantom_reports_of_another_seed(wordings):
     if not directory.exists():
         pytest.skip("checkpoints/summarizer is not trained yet")
     assert sum(file.stat().st_size for file in directory.iterdir()) <= 3 * 2 ** 20
-    pairs = list(phantom.reports(60, 12345, wordings=wordings, enriched=True))
-    hits = wrong = missed = 0
-    for i, found, _, _ in summarize.answers(summarize.LLM.from_pretrained(directory, "cpu"), [report for report, _ in pairs]):
-        found, names = set(found or ()), set(pairs[i][1])
+    texts, affirmed, denied = zip(*phantom.reports(200, 12345, wordings=wordings, enriched=True))
+    hits = wrong = missed = denied_affirmed = 0
+    for i, found, _, _ in summarize.answers(summarize.LLM.from_pretrained(directory, "cpu"), texts):
+        found, names = set(found or ()), set(affirmed[i])
         hits, wrong, missed = hits + len(found & names), wrong + len(found - names), missed + len(names - found)
-    assert 2 * hits / (2 * hits + wrong + missed) > {"usual": 0.95, "held-out": 0.85}[wordings]  # the goal for both is 0.97
+        denied_affirmed += bool(found & denied[i])
+    assert 2 * hits / (2 * hits + wrong + missed) >= 0.97 and denied_affirmed <= 0.05 * len(texts)  # the goal is 0.01
 
 
 if __name__ == "__main__":  # python tests/test_summarize.py writes the golden file
