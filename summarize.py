@@ -721,6 +721,12 @@ def line(entry):
     return json.dumps(entry, ensure_ascii=False) + "\n"
 
 
+def in_order(names):
+    """Names without repeats, in the vocabulary's order, then others by the alphabet."""
+    rank = {name: place for place, name in enumerate(VOCABULARY)}
+    return sorted(set(names), key=lambda name: (rank.get(name, len(rank)), name))
+
+
 def split_sentences(report):
     """A report's sentences, as a checkpoint reads them whose config.json says "reads": "sentences"."""
     return [part for part in re.split(r"(?<=[.!?;])\s+|\n+", report.strip()) if re.search(r"[^\W\d_]", part)]
@@ -745,7 +751,7 @@ def answers(llm, reports, batch_size=None, max_new_tokens=192, progress=False):
             for i, sentences in parts.items():
                 found, answer, cut = zip(*(told[sentence] for sentence in sentences)) if sentences else ([[]], [""], [False])
                 bar.update()
-                yield i, None if None in found else list(dict.fromkeys(name for names in found for name in names)), "\n".join(answer), any(cut)
+                yield i, None if None in found else in_order(name for names in found for name in names), "\n".join(answer), any(cut)
     bar.close()
 
 
@@ -864,9 +870,8 @@ def read_pairs(path, manifest=None):
 
 
 def answer_text(names):
-    """The answer that a pair teaches: the vocabulary's order, then other names by the alphabet."""
-    rank = {name: place for place, name in enumerate(VOCABULARY)}
-    return "; ".join(sorted(set(names), key=lambda name: (rank.get(name, len(rank)), name))) or "None"
+    """The answer that a pair teaches."""
+    return "; ".join(in_order(names)) or "None"
 
 
 SPECIALS = ["<|pad|>", "<|report|>", "<|answer|>", "<|end|>"]
