@@ -149,14 +149,15 @@ def filled(template, rng):
 
 def read_wordings(path):
     """checkpoints/wordings.txt -> {abnormality: templates, a sentence's ends with "."}, {kind of frame: frames}; lines that begin with a space go on."""
-    entries = re.split(r"\n(?=\w)", path.read_text("utf-8").strip())
-    wordings = {name: body.split("|") for name, body in (" ".join(entry.split()).split(": ", 1) for entry in entries)}
+    import phantom
+    wordings = {name: body.split("|") for name, body in phantom.entries(path.read_text("utf-8"))}
     frames = {kind: wordings.pop(kind) for kind in ("affirm", "deny", "past", "ask", "both", "neither", "mixed")}
     return wordings, frames
 
 
 def built_sentences(wordings, frames, rng):
     """Yield pairs (sentence, names affirmed) without end: noun phrases of `wordings` in `frames`, and its sentences as they are."""
+    from phantom import capital
     names = list(wordings)
     nouns = {name: [template for template in wordings[name] if template[-1] != "."] for name in names}
     sentences = {name: [template for template in wordings[name] if template[-1] == "."] for name in names}
@@ -182,9 +183,9 @@ def built_sentences(wordings, frames, rng):
             no = filled(rng.choice(("{x}", "{x}", "{x}", "{x} or {y}", "{x} or {y}", "{x}, {y} or {z}", "{x}, {y}, {z}", "{x} and {y}")).format(x=x, y=y, z=z), rng)
             text = rng.choice(frames[kind]).replace("{w}", WHERE)
             fields = {"x": x, "y": y, "z": z, "np": x, "no": no, "be": be, "was": {"is": "was", "are": "were"}[be]}
-            fields |= {field.capitalize(): fields[field][0].upper() + fields[field][1:] for field in ("x", "y", "z", "np", "no")}
+            fields |= {field.capitalize(): capital(fields[field]) for field in ("x", "y", "z", "np", "no")}
             text = filled(text, rng).format(**fields)
-        yield text[0].upper() + text[1:], chosen[:affirmed]
+        yield capital(text), chosen[:affirmed]
 
 
 def summarizer_pairs(n, seed=1000):
@@ -313,7 +314,6 @@ def bench_attention(arguments):
     """bank_attention beside the two lines in eager torch and F.scaled_dot_product_attention: time, share of the matrix rate, memory."""
     import subprocess
     import sys
-    from pathlib import Path
 
     import torch
     from torch.nn.attention import SDPBackend
@@ -366,7 +366,6 @@ def bench_ablation(arguments):
     Finished runs in --out are used again, so that more seeds can be added and a stopped bench goes on.
     """
     import json
-    from pathlib import Path
 
     import numpy as np
     from matplotlib.figure import Figure

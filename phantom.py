@@ -176,14 +176,14 @@ def _sample(rng, enriched):
 
 
 # ------------------------------------------------------------------------------------------------ what is said
-def _entries(text):
+def entries(text):
     """Lines "name: body", indented ones go on -> pairs (name, body)."""
     return [" ".join(entry.split()).split(": ", 1) for entry in re.split(r"\n(?=\S)", text.strip())]
 
 
 # Abnormality: organ; then phrases split by "|" in pairs (usual; held-out): findings, impression, terms that negate it.
 # A phrase ending in "." is a sentence of its own; any other is a noun phrase for FRAMES ("+" marks a plural).
-GRAMMAR = {name: body.split("; ") for name, body in _entries("""
+GRAMMAR = {name: body.split("; ") for name, body in entries("""
 Medical material: devices; {what}|{what} in its expected position|{what} placed earlier|{what} belonging to a previous intervention|medical
   material: {what}; foreign medical material, namely {what}|an appearance of {what}; {what}|medical material ({what}); medical device:
   {what}; catheter or pacemaker|medical material; implanted medical device
@@ -328,7 +328,7 @@ NEGATIONS = {
                 "|{No} has resolved completely."}
 # Organ: normal statements, each [with the abnormalities that must be absent for it to be true].
 NORMAL = {organ: [(text, unless.rstrip("]").split(", ") if unless else []) for text, _, unless in
-                  (statement.partition(" [") for statement in body.split("|"))] for organ, body in _entries("""
+                  (statement.partition(" [") for statement in body.split("|"))] for organ, body in entries("""
 airways: Trachea and both main bronchi are open.|No obstructive pathology was observed in the trachea and both main bronchi.|Trachea, both
   main bronchi are in the midline and their calibrations are normal. [Bronchiectasis, Bronchial thickening]|The lumens of the trachea and
   main bronchi are patent.
@@ -376,7 +376,8 @@ def _join(words, last=" and "):
     return words[0] if len(words) == 1 else ", ".join(words[:-1]) + last + words[-1]
 
 
-def _capital(text):
+def capital(text):
+    """text with its first letter in upper case."""
     return text[0].upper() + text[1:]
 
 
@@ -400,8 +401,8 @@ def _say(rng, phrases, frames, lesions):
     phrase = rng.choice(phrases.split("|")).format(**_slots(lesions))
     if not phrase.endswith("."):
         noun, be, was = (phrase[1:], "are", "were") if phrase[0] == "+" else (phrase, "is", "was")
-        phrase = rng.choice(frames.split("|")).format(np=noun, Np=_capital(noun), be=be, was=was)
-    return _capital(phrase)
+        phrase = rng.choice(frames.split("|")).format(np=noun, Np=capital(noun), be=be, was=was)
+    return capital(phrase)
 
 
 def statements(found, rng, wordings="usual"):
@@ -421,7 +422,7 @@ def statements(found, rng, wordings="usual"):
             names = rng.sample(absent, min(len(absent), rng.choice((1, 1, 2, 2, 3))))
             if names:
                 no = _join((rng.choice(GRAMMAR[name][5 + held].split("|")) for name in names), " or ")
-                sentences.append((rng.choice(NEGATIONS[wordings].split("|")).format(no=no, No=_capital(no)), [], names))
+                sentences.append((rng.choice(NEGATIONS[wordings].split("|")).format(no=no, No=capital(no)), [], names))
         rng.shuffle(sentences)
         if organ != "devices" or rng.random() < .5:
             true = [(text, [], unless) for text, unless in NORMAL[organ] if not any(name in found for name in unless)]
