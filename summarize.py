@@ -913,8 +913,8 @@ def save(llm, out, dtype):
     write_atomically(out / "config.json", lambda path: path.write_text(json.dumps(config, indent=1) + "\n", "utf-8"))
 
 
-def batches(pairs, llm, tokens, steps, rng):
-    """`steps` batches of about `tokens` tokens: ids (B, T), padded on the right, and the answer's mask over ids[:, 1:].
+def batches(pairs, llm, tokens, steps, rng, caution=1.0):
+    """`steps` batches of about `tokens` tokens: ids (B, T), padded on the right, and the loss's weights of ids[:, 1:], 0 but for the answer's.
 
     Pools are sorted by length, so that little is padding.
     """
@@ -923,25 +923,27 @@ def batches(pairs, llm, tokens, steps, rng):
         pool = [rng.choice(pairs) for _ in range(4096)]
         answers = tokenizer.encode_batch([answer_text(names) for _, names in pool], add_special_tokens=False)
         prompts = llm.chat.prompts([report for report, _ in pool], llm.config.context - 256)
-        items = [(prompt + (answer.ids + end)[:256], len(prompt)) for (prompt, _), answer in zip(prompts, answers)]
+        items = [(prompt + (answer.ids + end)[:256], len(prompt), 1.0 if names else caution)
+                 for (prompt, _), answer, (_, names) in zip(prompts, answers, pool)]
         groups = [[]]
         for item in sorted(items, key=lambda item: len(item[0])):
             if len(groups[-1]) and (len(groups[-1]) + 1) * len(item[0]) > tokens:
                 groups.append([])
             groups[-1].append(item)
         for rows in rng.sample(groups, len(groups))[:steps - done]:
-            width, done = max(len(ids) for ids, _ in rows), done + 1
-            ids = torch.tensor([ids + [0] * (width - len(ids)) for ids, _ in rows])
-            yield ids, torch.tensor([[start <= i < len(ids) for i in range(1, width)] for ids, start in rows])
+            width, done = max(len(ids) for ids, _, _ in rows), done + 1
+            ids = torch.tensor([ids + [0] * (width - len(ids)) for ids, _, _ in rows])
+            yield ids, torch.tensor([[weight * (start <= i < len(ids)) for i in range(1, width)] for ids, start, weight in rows], dtype=torch.float32)
 
 
 def fit(pairs_path, out, checkpoint=None, manifest=None, vocab=2000, width=128, layers=4, heads=4, steps=3000, tokens=3000, lr=2e-3, reads="reports",
-        dropout=0.0, dtype=torch.bfloat16, device=None, seed=0, on_step=None):
+        dropout=0.0, caution=1.0, dtype=torch.bfloat16, device=None, seed=0, on_step=None):
     """Train a summarizer on (report, names) pairs and save it as a Hugging Face checkpoint: from `checkpoint`, or a new small Llama.
 
     Cross-entropy of the answer's tokens alone, AdamW, a cosine of the learning rate. Pairs held out (2 %, at most 500) are scored at the end: returns
     micro F1 on them. reads: "sentences" where the pairs are single sentences, which are then what the new checkpoint is asked for, one by one. dropout: of the
-    tokenizer's merges in training, so that words are met in other pieces, too (BPE-dropout, Provilkov et al. 2020). on_step(step, loss) is called after each step.
+    tokenizer's merges in training, so that words are met in other pieces, too (BPE-dropout, Provilkov et al. 2020). caution: the weight in
+    the loss of pairs that affirm nothing; above 1 the summarizer rather misses a finding than invents one. on_step(step, loss) is called after each step.
     """
     rng, out, pairs = random.Random(seed), Path(out), read_pairs(pairs_path, manifest)
     rng.shuffle(pairs)
@@ -959,11 +961,13 @@ def fit(pairs_path, out, checkpoint=None, manifest=None, vocab=2000, width=128, 
     rate = lambda step: min((step + 1) / (0.05 * steps), 0.5 + 0.5 * math.cos(math.pi * min(step / steps, 1)))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     fast = llm.device.type == "cuda" or fast_on_cpu(torch.bfloat16)
-    bar = tqdm(enumerate(batches(pairs, llm, tokens, steps, rng)), total=steps, unit=" steps", desc="fit")
-    for step, (ids, answer) in bar:
-        ids, answer = ids.to(llm.device), answer.to(llm.device)
+    bar = tqdm(enumerate(batches(pairs, llm, tokens, steps, rng, caution)), total=steps, unit=" steps", desc="fit")
+    for step, (ids, weights) in bar:
+        ids, weights = ids.to(llm.device), weights.to(llm.device)
+        answer = weights > 0
         with torch.autocast(llm.device.type, torch.bfloat16, enabled=fast):
-            loss = F.cross_entropy(F.linear(llm.hidden(ids)[:, :-1][answer], llm.head).float(), ids[:, 1:][answer])
+            losses = F.cross_entropy(F.linear(llm.hidden(ids)[:, :-1][answer], llm.head).float(), ids[:, 1:][answer], reduction="none")
+        loss = losses @ weights[answer] / answer.sum()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
@@ -993,6 +997,7 @@ def main():
         parser.add_argument("--lr", type=float, default=2e-3)
         parser.add_argument("--reads", choices=["reports", "sentences"], default="reports", help="what a new checkpoint is asked for: sentences where the pairs are such")
         parser.add_argument("--dropout", type=float, default=0.0, help="of the tokenizer's merges in training (BPE-dropout)")
+        parser.add_argument("--caution", type=float, default=1.0, help="weight of pairs that affirm nothing: above 1 a finding is rather missed than invented")
         parser.add_argument("--device")
     else:
         parser.add_argument("--checkpoint", default=default, help="a Hugging Face checkpoint directory (default: the small one for the phantom's reports)")
@@ -1005,7 +1010,7 @@ def main():
     a = parser.parse_args()
     try:
         if sys.argv[1:2] == ["fit"]:
-            f1 = fit(a.pairs, a.out, a.checkpoint, a.manifest, a.vocab, a.width, a.layers, a.heads, a.steps, a.tokens, a.lr, a.reads, a.dropout,
+            f1 = fit(a.pairs, a.out, a.checkpoint, a.manifest, a.vocab, a.width, a.layers, a.heads, a.steps, a.tokens, a.lr, a.reads, a.dropout, a.caution,
                      device=a.device, seed=a.seed)
             print(f"{a.out}: saved; micro F1 on pairs held out: {f1:.3f}")
         elif a.dry_run:

@@ -253,6 +253,14 @@ def test_fit_goes_on_from_a_checkpoint_with_summaries_and_their_manifest(fitted,
     assert {file.name for file in (tmp_path / "out").iterdir()} == {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"}
 
 
+@pytest.mark.parametrize("caution, told", [(8, []), (0.125, ["Lung nodule"])])
+def test_a_cautious_fit_rather_misses_than_invents(fitted, tmp_path, caution, told):
+    pairs = [json.dumps({"report": "A lung nodule is doubtful.", "abnormalities": names}) + "\n" for names in ([], ["Lung nodule"])] * 20
+    (tmp_path / "pairs.jsonl").write_text("".join(pairs))
+    summarize.fit(tmp_path / "pairs.jsonl", tmp_path / "out", fitted[0] / "model", steps=150, tokens=600, caution=caution, device="cpu")
+    assert [found for _, found, _, _ in summarize.answers(summarize.LLM.from_pretrained(tmp_path / "out", "cpu"), ["A lung nodule is doubtful."])] == [told]
+
+
 def test_run_writes_one_line_a_distinct_report_in_the_promised_format_and_scores_it(fitted, tmp_path):
     directory, pairs, _ = fitted
     reports = [report for report, _ in pairs[:6]] + [pairs[0][0], "", "   "]
@@ -420,7 +428,7 @@ def test_the_small_summarizer_reads_phantom_reports_of_another_seed(wordings):
         found, names = set(found or ()), set(affirmed[i])
         hits, wrong, missed = hits + len(found & names), wrong + len(found - names), missed + len(names - found)
         denied_affirmed += bool(found & denied[i])
-    assert 2 * hits / (2 * hits + wrong + missed) >= 0.97 and denied_affirmed <= 0.05 * len(texts)  # the goal is 0.01
+    assert 2 * hits / (2 * hits + wrong + missed) >= 0.97 and denied_affirmed <= 0.01 * len(texts)
 
 
 if __name__ == "__main__":  # python tests/test_summarize.py writes the golden file

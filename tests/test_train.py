@@ -101,10 +101,11 @@ def test_with_reports_shuffled_among_scans_it_learns_nothing(tmp_path):
     assert 0.3 < macro_auroc(tmp_path) < 0.7
 
 
-def test_a_killed_run_resumes_to_the_same_weights(tmp_path):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_killed_run_resumes_to_the_same_weights(tmp_path, optimizer):
     easy_manifest(tmp_path)
-    assert process(tmp_path, "--epochs", 8, out="whole").wait() == 0  # with as many threads as the others
-    killed = process(tmp_path, "--epochs", 8)
+    assert process(tmp_path, "--epochs", 8, "--optimizer", optimizer, out="whole").wait() == 0  # with as many threads as the others
+    killed = process(tmp_path, "--epochs", 8, "--optimizer", optimizer)
     while not (tmp_path / "run" / "state" / "last.safetensors").exists():
         assert killed.poll() is None
         time.sleep(0.01)
@@ -199,6 +200,36 @@ def test_the_text_encoder_has_its_own_share_of_the_learning_rate():
     for group in groups:
         for parameter in group["params"]:
             assert group["share"] == (0.1 if parameter in text else 1.0) and group["weight_decay"] == (0.5 if parameter.ndim > 1 else 0.0)
+
+
+@pytest.mark.parametrize("shape", [(8, 40), (40, 8), (16, 16)])
+def test_an_orthogonalised_matrix_keeps_its_singular_vectors_and_has_values_about_one(shape):
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 1e-3
+    x = matrix / matrix.norm()
+    for _ in range(5):  # the iteration as it is printed
+        x = 3.4445 * x + (-4.7750 * x @ x.mT + 2.0315 * x @ x.mT @ x @ x.mT) @ x
+    assert torch.allclose(train.orthogonal(matrix), x, atol=1e-4)
+    u, _, vh = torch.linalg.svd(matrix, full_matrices=False)
+    values = u.mT @ train.orthogonal(matrix) @ vh.mT
+    assert (values.diagonal() - 1).abs().max() < 0.35 and (values - values.diagonal().diag()).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("vision", ["vit", "resnet18"])
+def test_muon_steps_along_all_directions_of_inner_matrices_alike_and_is_adamw_elsewhere(vision):
+    moved = {}
+    for optimizer in ("adamw", "muon"):
+        torch.manual_seed(0)
+        model = BrgSA(train.Config(**TINY | {"vision": vision}))
+        before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+        sum(parameter.mul(torch.randn_like(parameter)).sum() for parameter in model.parameters()).backward()
+        train.make_optimizer(model, train.Settings(optimizer=optimizer, lr=0.01, weight_decay=0.0)).step()
+        moved[optimizer] = {name: parameter.detach() - before[name] for name, parameter in model.named_parameters()}
+    for name, step in moved["muon"].items():
+        if name.startswith("vision.blocks") and step.ndim > 1:
+            values = torch.linalg.svdvals(step.flatten(1)) / (0.01 * 0.2 * max(step.flatten(1).shape) ** 0.5)
+            assert 0.6 < values.min() and values.max() < 1.35, name
+        else:
+            assert torch.equal(step, moved["adamw"][name]), name
 
 
 def test_schedules_warm_up_and_fall():
