@@ -266,8 +266,10 @@ class TextEncoder(nn.Module):
         self.set_tokenizer(tokenizer or train_tokenizer([], vocabulary))
 
     def set_tokenizer(self, tokenizer):
-        """Use this tokenizers.Tokenizer; ValueError where it has more pieces than the embedding has rows."""
+        """Use this tokenizers.Tokenizer; ValueError where it is no BERT's or has more pieces than the embedding has rows."""
         vocabulary = tokenizer.get_vocab()
+        if "[PAD]" not in vocabulary:
+            raise ValueError("the tokenizer has no piece [PAD]; a BERT's is needed")
         if max(vocabulary.values()) >= self.word_embeddings.num_embeddings:
             raise ValueError(f"the tokenizer has {max(vocabulary.values()) + 1} pieces, the text encoder {self.word_embeddings.num_embeddings}")
         tokenizer.enable_truncation(self.length)
@@ -490,6 +492,7 @@ class _Checkpoint(pickle.Unpickler):
         if module == "torch" and name in self.DTYPES:
             return self.DTYPES[name]
         return {("collections", "OrderedDict"): OrderedDict,
+                ("builtins", "getattr"): lambda *_: _Inert, ("__builtin__", "getattr"): lambda *_: _Inert,  # a class within a class
                 ("torch._utils", "_rebuild_tensor_v2"): lambda storage, offset, shape, stride, *_: (storage, offset, shape, stride),
                 ("torch._utils", "_rebuild_parameter"): lambda data, *_: data}.get((module, name), _Inert)
 
@@ -506,43 +509,49 @@ class _Checkpoint(pickle.Unpickler):
 def convert(checkpoint, tokenizer, out):
     """The authors' released PyTorch Lightning checkpoint (its tensors are named `gloria.*`) -> a directory for `BrgSA.from_pretrained`.
 
-    tokenizer: directory with their BERT's tokenizer.json or vocab.txt. Heads are 64 wide and the crop's grid is a cube, as theirs. Returns the
-    model and the names of tensors that have no place in it. Raises ValueError where the file is damaged or something else.
+    tokenizer: directory with their BERT's tokenizer.json or vocab.txt. Heads are 64 wide and the crop's grid is a cube, as theirs. Returns the model
+    and the names under `gloria.` that have no place in it, but for the local embedders, which the method doesn't use. Raises ValueError where a
+    file is damaged or something else.
     """
+    tokenizer = _read_tokenizer(Path(tokenizer))
+    parts = {part: {} for part in ("text_encoder.model.", "img_encoder.model.", "text_encoder.emb_global.", "img_encoder.global_embedder.", "dictionarylearning.dictionary.")}
+    left_out = []
     try:
         reader = _Checkpoint(checkpoint)
-        stored = {name.removeprefix("gloria."): value for name, value in reader.load()["state_dict"].items() if name.startswith("gloria.")}
-        weights = {name: reader.tensor(value).float() for name, value in stored.items() if not re.search(r"emb_local|local_embedder", name)}
+        for name, value in reader.load()["state_dict"].items():
+            part = next((part for part in parts if name.startswith(f"gloria.{part}")), None)
+            if part:
+                parts[part][name.removeprefix(f"gloria.{part}")] = reader.tensor(value).float()
+            elif name.startswith("gloria.") and not re.search(r"emb_local|local_embedder", name):
+                left_out.append(name)
     except FileNotFoundError:
         raise ValueError(f"{checkpoint}: no such file") from None
     except Exception as error:  # whatever a damaged or foreign pickle may raise
-        raise ValueError(f"{checkpoint}: can't be read as a PyTorch Lightning checkpoint ({type(error).__name__}: {error})") from None
+        raise ValueError(f"{checkpoint}: can't be read as a PyTorch Lightning checkpoint ({type(error).__name__}: {ascii(str(error))})") from None
 
-    def take(prefix):
-        return {name.removeprefix(prefix): weights.pop(name) for name in list(weights) if name.startswith(prefix)}
-    bert, vision = take("text_encoder.model."), take("img_encoder.model.")
+    bert, vision, text_projection, vision_projection, dictionary = parts.values()
     depth = lambda names, pattern: len({match[1] for name in names if (match := re.match(pattern, name))})
     try:
         patches, positions = vision["patch_embed.proj.weight"], bert["embeddings.position_embeddings.weight"]
-        bank = weights.pop("dictionarylearning.dictionary.weight")
+        bank = dictionary["weight"]
         side = round((vision["pos_embed"].shape[1] - 1) ** (1 / 3))
         config = Config(
             crop=tuple(side * size for size in patches.shape[2:]), patch=tuple(patches.shape[2:]), vit_width=len(patches),
             vit_depth=depth(vision, r"blocks\.(\d+)"), vit_heads=len(patches) // 64, vocabulary=len(bert["embeddings.word_embeddings.weight"]),
             text_width=positions.shape[1], text_depth=depth(bert, r"encoder\.layer\.(\d+)"), text_heads=positions.shape[1] // 64,
             text_positions=len(positions), bank_size=len(bank), dim=bank.shape[1])
-        model = BrgSA(config, _read_tokenizer(Path(tokenizer)))
+        model = BrgSA(config, tokenizer)
         model.text.load_state_dict(_from_bert(bert, config.text_depth, checkpoint))
         model.vision.load_state_dict(vision)
-        model.vision_projection.load_state_dict(take("img_encoder.global_embedder."))
-        model.text_projection.load_state_dict(take("text_encoder.emb_global."))
-        model.bank.load_state_dict({"weight": bank})
+        model.vision_projection.load_state_dict(vision_projection)
+        model.text_projection.load_state_dict(text_projection)
+        model.bank.load_state_dict(dictionary)
     except KeyError as error:
         raise ValueError(f"{checkpoint}: lacks {error}, so it is not the authors' checkpoint") from None
-    except RuntimeError as error:
-        raise ValueError(f"{checkpoint}: {' '.join(str(error).split())}") from None
+    except (RuntimeError, IndexError, TypeError, ArithmeticError) as error:  # a tensor of another shape than the released one's
+        raise ValueError(f"{checkpoint}: is not the authors' checkpoint: {' '.join(str(error).split())}") from None
     model.save_pretrained(out)
-    return model.eval(), sorted(weights)
+    return model.eval(), left_out
 
 
 def main():
@@ -557,7 +566,8 @@ def main():
     except (ValueError, OSError) as error:
         print(f"model.py: error: {error}", file=sys.stderr)
         sys.exit(2)
-    print(f"{arguments.out}: {sum(weight.numel() for weight in model.parameters()):,} weights" + (f"; no place for {', '.join(left_out)}" if left_out else ""))
+    print(f"{arguments.out}: {sum(weight.numel() for weight in model.parameters()):,} weights; a tokenizer of {model.text.tokenizer.get_vocab_size()} pieces "
+          f"for {model.config.vocabulary} embeddings" + (f"; no place for {', '.join(map(ascii, left_out))}" if left_out else ""))
 
 
 if __name__ == "__main__":

@@ -946,7 +946,9 @@ def fit(pairs_path, out, checkpoint=None, manifest=None, vocab=2000, width=128, 
     the loss of pairs that affirm nothing; above 1 the summarizer rather misses a finding than invents one. on_step(step, loss) is called after each step.
     """
     rng, out, pairs = random.Random(seed), Path(out), read_pairs(pairs_path, manifest)
-    rng.shuffle(pairs)
+    if caution <= 0:
+        raise ValueError(f"caution is {caution}; it must be above 0")
+    random.Random(0).shuffle(pairs)  # whatever the seed, so that a training that goes on from another holds the same pairs back
     held, pairs = pairs[:min(len(pairs) // 50 + 1, 500)], pairs[min(len(pairs) // 50 + 1, 500):]
     if checkpoint is None:
         texts = [text for report, names in pairs[:20000] for text in (report, answer_text(names))]
@@ -1012,7 +1014,7 @@ def main():
         if sys.argv[1:2] == ["fit"]:
             f1 = fit(a.pairs, a.out, a.checkpoint, a.manifest, a.vocab, a.width, a.layers, a.heads, a.steps, a.tokens, a.lr, a.reads, a.dropout, a.caution,
                      device=a.device, seed=a.seed)
-            print(f"{a.out}: saved; micro F1 on pairs held out: {f1:.3f}")
+            print(f"{a.out}: saved; micro F1 on pairs held out: " + ("none of them affirms anything" if f1 is None else f"{f1:.3f}"))
         elif a.dry_run:
             llm = LLM.from_pretrained(a.checkpoint, a.device)
             reports = list(dict.fromkeys(row["report"] for row in read_manifest(a.manifest) if (row["report"] or "").strip()))[:a.dry_run]

@@ -203,9 +203,9 @@ class Muon(torch.optim.AdamW):
     """
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self):
         for group in self.param_groups:
-            for weight in group["params"] if group["inner"] else ():
+            for weight in (weight for weight in group["params"] if group["inner"] and weight.grad is not None):
                 gradient = weight.grad.flatten(1)
                 state = self.state[weight]
                 if not state:
@@ -215,7 +215,7 @@ class Muon(torch.optim.AdamW):
                 update = orthogonal(gradient.lerp(momentum, 0.95)) * (0.2 * max(gradient.shape) ** 0.5)
                 weight.mul_(1 - group["lr"] * group["weight_decay"]).sub_(group["lr"] * update.view_as(weight))
                 weight.grad = None  # AdamW passes it by
-        return super().step(closure)
+        super().step()
 
 
 def make_optimizer(model, settings):

@@ -1,4 +1,5 @@
 """model.py convert: the authors' checkpoint becomes a directory that loads, agrees with their layout's plain reading, and nothing in it is run."""
+import enum
 import os
 import subprocess
 import sys
@@ -23,6 +24,11 @@ class Trap:
 
     def __reduce__(self):
         return os.mkdir, (str(self.path),)
+
+
+class Outer:
+    class Kind(enum.Enum):
+        A = 1
 
 
 class Settings(dict):
@@ -61,7 +67,7 @@ def files(tmp_path):
     """(checkpoint with objects that a plain unpickle would run, tokenizer's directory, output)."""
     train_tokenizer(TEXTS * 3, VOCABULARY).save(str(tmp_path / "tokenizer.json"))
     tied = torch.nn.Parameter(torch.ones(4))
-    torch.save({"state_dict": released(), "hyper_parameters": Settings(config=Settings(a=[Trap(tmp_path / "trapped")], b={1, 2})), "epoch": 38,
+    torch.save({"state_dict": released(), "hyper_parameters": Settings(config=Settings(a=[Trap(tmp_path / "trapped")], b={1, 2}), kind=Outer.Kind.A, of=Outer.Kind), "epoch": 38,
                 "optimizer_states": [{"state": {0: tied}, "callback": Settings}], "pytorch-lightning_version": "1.9.0"}, tmp_path / "official.ckpt")
     return tmp_path / "official.ckpt", tmp_path, tmp_path / "out"
 
@@ -119,9 +125,9 @@ def text_of_transformers(model, w):
 
 def test_tensors_without_a_place_are_named_and_half_precision_is_read(files):
     checkpoint, tokenizer, out = files
-    torch.save({"state_dict": {**{name: value.half() for name, value in released().items()}, "gloria.surplus": torch.ones(2)[1:]}}, checkpoint)
+    torch.save({"state_dict": {**{name: value.half() for name, value in released().items()}, "gloria.surplus\nforged": torch.ones(0)}}, checkpoint)
     model, left_out = convert(checkpoint, tokenizer, out)
-    assert left_out == ["surplus"] and model.bank.weight.dtype == torch.float32
+    assert left_out == ["gloria.surplus\nforged"] and model.bank.weight.dtype == torch.float32
 
 
 def without(name):
@@ -137,7 +143,10 @@ def without(name):
     ({"state_dict": without("gloria.text_encoder.model.encoder.layer.1.output.dense.bias")}, "encoder.layer.1.output.dense.bias"),
     ({"state_dict": without("gloria.img_encoder.model.norm.bias")}, "norm.bias"),
     ({"state_dict": without("gloria.text_encoder.emb_global.bias")}, "bias"),
-    ({"state_dict": released() | {"gloria.img_encoder.model.pos_embed": torch.ones(1, 29, W)}}, "pos_embed")])
+    ({"state_dict": released() | {"gloria.img_encoder.model.pos_embed": torch.ones(1, 29, W)}}, "pos_embed"),
+    ({"state_dict": released() | {"gloria.img_encoder.model.pos_embed": torch.ones(29)}}, "is not the authors' checkpoint"),
+    ({"state_dict": released() | {"gloria.dictionarylearning.dictionary.weight": torch.tensor(1.0)}}, "is not the authors' checkpoint"),
+    ({"state_dict": released() | {"gloria.text_encoder.model.a\nforged": {}}}, "can't be read as a PyTorch Lightning checkpoint")])
 def test_a_foreign_or_damaged_checkpoint_is_one_line(files, monkeypatch, capsys, content, message):
     checkpoint, tokenizer, out = files
     checkpoint.write_bytes(content) if isinstance(content, bytes) else torch.save(content, checkpoint)
