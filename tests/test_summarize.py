@@ -253,12 +253,18 @@ def test_fit_goes_on_from_a_checkpoint_with_summaries_and_their_manifest(fitted,
     assert {file.name for file in (tmp_path / "out").iterdir()} == {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"}
 
 
-@pytest.mark.parametrize("caution, told", [(8, []), (0.125, ["Lung nodule"])])
-def test_a_cautious_fit_rather_misses_than_invents(fitted, tmp_path, caution, told):
-    pairs = [json.dumps({"report": "A lung nodule is doubtful.", "abnormalities": names}) + "\n" for names in ([], ["Lung nodule"])] * 20
-    (tmp_path / "pairs.jsonl").write_text("".join(pairs))
-    summarize.fit(tmp_path / "pairs.jsonl", tmp_path / "out", fitted[0] / "model", steps=150, tokens=600, caution=caution, device="cpu")
-    assert [found for _, found, _, _ in summarize.answers(summarize.LLM.from_pretrained(tmp_path / "out", "cpu"), ["A lung nodule is doubtful."])] == [told]
+def test_caution_weighs_the_answers_of_pairs_that_affirm_nothing(fitted):
+    llm, answers = summarize.LLM.from_pretrained(fitted[0] / "model", "cpu"), {1.0: set(), 3.0: set()}
+    for ids, weights in summarize.batches(fitted[1], llm, 600, 20, random.Random(0), caution=3.0):
+        for row, weight in zip(ids, weights):
+            answers[weight.max().item()].add(llm.chat.tokenizer.decode(row[1:][weight > 0].tolist()).strip().lower())
+            assert set(weight.tolist()) == {0.0, weight.max().item()}
+    assert answers[3.0] == {"none"} and len(answers[1.0]) == 7  # every way to affirm some of three
+
+
+def test_a_fit_without_caution_is_refused(fitted, tmp_path):
+    with pytest.raises(ValueError, match="caution is 0"):
+        summarize.fit(fitted[0] / "pairs.jsonl", tmp_path / "out", fitted[0] / "model", steps=1, caution=0, device="cpu")
 
 
 def test_run_writes_one_line_a_distinct_report_in_the_promised_format_and_scores_it(fitted, tmp_path):
