@@ -945,9 +945,9 @@ def fit(pairs_path, out, checkpoint=None, manifest=None, vocab=2000, width=128, 
     tokenizer's merges in training, so that words are met in other pieces, too (BPE-dropout, Provilkov et al. 2020). caution: the weight in
     the loss of pairs that affirm nothing; above 1 the summarizer rather misses a finding than invents one. on_step(step, loss) is called after each step.
     """
-    rng, out, pairs = random.Random(seed), Path(out), read_pairs(pairs_path, manifest)
     if caution <= 0:
         raise ValueError(f"caution is {caution}; it must be above 0")
+    rng, out, pairs = random.Random(seed), Path(out), read_pairs(pairs_path, manifest)
     random.Random(0).shuffle(pairs)  # whatever the seed, so that a training that goes on from another holds the same pairs back
     held, pairs = pairs[:min(len(pairs) // 50 + 1, 500)], pairs[min(len(pairs) // 50 + 1, 500):]
     if checkpoint is None:
