@@ -4,9 +4,6 @@
     python bench.py evaluate          python bench.py ablation
 """
 import argparse
-import itertools
-import random
-import re
 import statistics
 import time
 from pathlib import Path
@@ -35,7 +32,7 @@ def bench_evaluate(arguments):
     import numpy as np
     from sklearn import metrics as sk
 
-    import evaluate
+    import metrics
     rng = np.random.default_rng(0)
     patients = np.r_[np.arange(1304), rng.integers(1304, size=3039 - 1304)]
     labels = (rng.random((3039, 18)) < rng.uniform(0.03, 0.45, 18)).astype(float)
@@ -43,7 +40,7 @@ def bench_evaluate(arguments):
     times = []
     for _ in range(5):
         start = time.perf_counter()
-        evaluate.bootstrap(scores, labels, patients, thresholds)
+        metrics.bootstrap(scores, labels, patients, thresholds)
         times.append(time.perf_counter() - start)
     ours = sorted(times)[2]
     start, peer_resamples = time.perf_counter(), 10
@@ -66,7 +63,7 @@ def bench_evaluate(arguments):
         y = (rng.random(300) < 0.3)[groups].astype(float)
         s = shift * y + 0.8 ** 0.5 * rng.normal(size=300)[groups] + 0.2 ** 0.5 * rng.normal(size=len(groups))
         for unit, index in (("patients", groups), ("volumes", np.arange(len(groups)))):
-            low, high = evaluate.interval(evaluate.bootstrap(s[:, None], y[:, None], index, [0.0])["auroc"])[:, 0]
+            low, high = metrics.interval(metrics.bootstrap(s[:, None], y[:, None], index, [0.0])["auroc"])[:, 0]
             held[unit] += low <= truth <= high
     for unit, count in held.items():
         print(f"the 95 % bootstrap interval over {unit} holds the true AUROC {truth} in {100 * count / sets:.1f} % of {sets} simulated data sets")
@@ -129,80 +126,6 @@ print(json.dumps({"times": times, "peak MiB": peak / 1024}))
 """
 
 
-# What the small summarizer is trained on: single sentences, in the phantom's usual wordings and built from checkpoints/wordings.txt (<a/b> is a choice, "+" marks a
-# plural). A large language model wrote those wordings without sight of the phantom's; what coincided with a held-out one was taken out (tests/test_bench.py).
-WHERE = ("< / / / / / /in the <right/left> <upper/lower> lobe/in the middle lobe/in the lingula/in both lungs/in the <right/left> <upper lobe and middle lobe/lower lobe and lingula>"
-         "/on the <right/left>/bilaterally/on both sides/in the <right/left/> hemithorax/in both hemithoraces/at the <bases/apex/hilar level/carina>/in the <upper/middle/lower> zones"
-         "/at the level of the <carina/aortic arch/diaphragm>/in the T<7/9/11> to T<8/10/12> levels/of the <left/right> <4th/6th and 7th> ribs>")
-DEGREE = "< / / / / / /mild/marked/small/large/extensive/diffuse/focal/minimal/moderate/slight/old/patchy/subtle/pronounced/chronic/bilateral/right/left/new/known>"
-EXTENT = ("< / / / / / / / / /of {size} mm/measuring {size} mm/measuring {size}x{size} mm/up to {size} mm/{size} mm in <size/diameter/thickness>/reaching {size} mm"
-          "/, the largest {size} mm,/with a diameter of {size} mm>")
-
-
-def filled(template, rng):
-    """A template with its choices made."""
-    while "<" in template:
-        template = re.sub(r"<([^<>]*)>", lambda match: rng.choice(match[1].split("/")), template)
-    template = re.sub(r"{size}", lambda _: str(rng.randint(2, 60)), template)
-    return re.sub(r"\s+(?=[.,;:?])|,(?=\s*[.;:?,])", "", re.sub(r"\s+", " ", template)).strip()
-
-
-def read_wordings(path):
-    """checkpoints/wordings.txt -> {abnormality: templates, a sentence's ends with "."}, {kind of frame: frames}; lines that begin with a space go on."""
-    import phantom
-    wordings = {name: body.split("|") for name, body in phantom.entries(path.read_text("utf-8"))}
-    frames = {kind: wordings.pop(kind) for kind in ("affirm", "deny", "past", "ask", "both", "neither", "mixed")}
-    return wordings, frames
-
-
-def built_sentences(wordings, frames, rng):
-    """Yield pairs (sentence, names affirmed) without end: noun phrases of `wordings` in `frames`, and its sentences as they are."""
-    from phantom import capital
-    names = list(wordings)
-    nouns = {name: [template for template in wordings[name] if template[-1] != "."] for name in names}
-    sentences = {name: [template for template in wordings[name] if template[-1] == "."] for name in names}
-    kinds = {"affirm": (8, 1), "sentence": (4, 1), "deny": (8, 0), "past": (6, 0), "ask": (1, 0), "both": (2, 2), "neither": (2, 0), "mixed": (2, 1)}
-
-    def phrase(name, affirmed):
-        """A noun phrase -> (words, is or are), mostly with a degree, a size, a place or an article where affirmed, seldom where denied."""
-        words = filled(rng.choice(nouns[name]), rng)
-        plural, words = words[0] == "+", words.lstrip("+")
-        if rng.random() < (0.7 if affirmed else 0.25):
-            words = filled(f"{DEGREE} {words} {EXTENT} {WHERE}", rng)
-            if affirmed and not plural and rng.random() < 0.4:
-                words = ("an " if words[0] in "aeiou" else "a ") + words
-        return words, "are" if plural else "is"
-    while True:
-        kind = rng.choices(list(kinds), [weight for weight, _ in kinds.values()])[0]
-        chosen = rng.sample(names, 3)
-        affirmed = kinds[kind][1]
-        if kind == "sentence":
-            text = filled(rng.choice(sentences[chosen[0]]).replace("{at}", f" {WHERE}"), rng)
-        else:
-            (x, be), (y, _), (z, _) = (phrase(name, i < affirmed) for i, name in enumerate(chosen))
-            no = filled(rng.choice(("{x}", "{x}", "{x}", "{x} or {y}", "{x} or {y}", "{x}, {y} or {z}", "{x}, {y}, {z}", "{x} and {y}")).format(x=x, y=y, z=z), rng)
-            text = rng.choice(frames[kind]).replace("{w}", WHERE)
-            fields = {"x": x, "y": y, "z": z, "np": x, "no": no, "be": be, "was": {"is": "was", "are": "were"}[be]}
-            fields |= {field.capitalize(): capital(fields[field]) for field in ("x", "y", "z", "np", "no")}
-            text = filled(text, rng).format(**fields)
-        yield capital(text), chosen[:affirmed]
-
-
-def summarizer_pairs(n, seed=1000):
-    """n pairs (sentence, names affirmed) to train the small summarizer on: a sixth the phantom's, the rest built; no held-out phrase is among them."""
-    import phantom
-    rng = random.Random(seed)
-    wordings, frames = read_wordings(Path(__file__).parent / "checkpoints" / "wordings.txt")
-    built, pairs = built_sentences(wordings, frames, rng), []
-    for index in itertools.count():
-        found = phantom.findings(seed, "summarizer", index, enriched=True)
-        for part in phantom.statements(found, rng):
-            pairs += [(sentence, names) for sentence, names, _ in part]
-        pairs += itertools.islice(built, 100)
-        if len(pairs) >= n:
-            return pairs[:n]
-
-
 def bench_summarize(arguments):
     """The decoder beside transformers' generate on random weights of Qwen2.5-0.5B's dimensions; the small summarizer on phantom reports it wasn't trained on."""
     import json
@@ -210,12 +133,13 @@ def bench_summarize(arguments):
     import sys
     import tempfile
 
+    import distil
     import phantom
     import summarize
     import torch
     if arguments.pairs:
         with open(arguments.pairs, "w", encoding="utf-8") as file:
-            for sentence, names in summarizer_pairs(800_000):
+            for sentence, names in distil.summarizer_pairs(800_000):
                 file.write(json.dumps({"report": sentence, "abnormalities": names}) + "\n")
         return print(f"{arguments.pairs}: 800,000 pairs")
     directory = Path(arguments.checkpoint)
@@ -372,8 +296,9 @@ def bench_ablation(arguments):
 
     import data
     import evaluate
+    import metrics
     import train
-    from model import clean
+    from model import PAIRS, clean
     manifest, summaries = str(train.phantom_manifest()), train.phantom_summaries()
     rows, _ = evaluate.select_rows(manifest, "valid")
     groups = {"CT-RATE's 18": slice(0, 18), "CT-RATE-LT's 15": slice(18, 33)}
@@ -388,15 +313,15 @@ def bench_ablation(arguments):
                     return print("stopped; the same command goes on")
             scores, labels, classes = evaluate.join(evaluate.read_scores(out / "evaluation" / "scores.csv"), rows)
             patients = [row.patient for row in rows]
-            values = evaluate.auroc(scores, labels)
-            drawn = evaluate.bootstrap(scores, labels, patients, np.zeros(len(classes)), n=2000)["auroc"]
+            values = metrics.auroc(scores, labels)
+            drawn = metrics.bootstrap(scores, labels, patients, np.zeros(len(classes)), n=2000)["auroc"]
             for name, part in groups.items():
                 auroc.setdefault((arm, name), []).append(np.nanmean(values[part]))
                 draws.setdefault((arm, name), []).append(np.nanmean(drawn[:, part], 1))
             result = json.loads((out / "evaluation" / "metrics.json").read_text())
             gaps.setdefault(arm, []).append(result["gap"])
             if seed == 0:
-                study = evaluate.Study(out, manifest, None, None, evaluate.PAIRS[:2], {})
+                study = evaluate.Study(out, manifest, None, None, PAIRS[:2], {})
                 v = study.embed(rows)[1]
                 pictures[arm] = study.texts_and_volumes(rows, v, None if told == "none" else summaries)["gap_picture"]
 
@@ -407,7 +332,7 @@ def bench_ablation(arguments):
         cells = []
         for name in groups:
             difference = np.mean(draws[arm, name], 0) - np.mean(draws["contrastive", name], 0)
-            low, high = evaluate.interval(difference)
+            low, high = metrics.interval(difference)
             p = min(1.0, 2 * min((1 + (difference <= 0).sum()), (1 + (difference >= 0).sum())) / (1 + len(difference)))
             cells += [percent(auroc[arm, name]), "" if arm == "contrastive" else
                       f"{100 * (np.mean(auroc[arm, name]) - np.mean(auroc['contrastive', name])):+.1f} ({100 * low:+.1f} to {100 * high:+.1f}), {p:.3f}"]

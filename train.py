@@ -36,7 +36,9 @@ import evaluate
 import phantom
 import summarize
 from cmki import alignment_loss, kmeans
-from model import PRESETS, BrgSA, Config, TextEncoder, train_tokenizer
+from metrics import auroc
+from model import PAIRS, PRESETS, BrgSA, Config, TextEncoder, train_tokenizer, zero_shot_scores
+from report import evaluation_table
 
 
 def setting(default, help):
@@ -247,17 +249,17 @@ def validate(model, rows, texts, cache, settings, device):
     classes = list(dict.fromkeys(name for row in rows for name in row.labels))
     if classes:
         prompts = evaluate.embed_texts(model, [f"There is {name}" for name in classes])
-        scores = evaluate.zero_shot_scores(v, v_hat, prompts, evaluate.bridge(model, prompts), scoring(settings))
-        auroc = evaluate.auroc(scores.numpy(), numpy.array([[row.labels.get(name, numpy.nan) for name in classes] for row in rows]))
-        if numpy.isfinite(auroc).any():
-            result |= {"macro_auroc": float(numpy.nanmean(auroc)), "classes": int(numpy.isfinite(auroc).sum())}
+        scores = zero_shot_scores(v, v_hat, prompts, evaluate.bridge(model, prompts), scoring(settings))
+        values = auroc(scores.numpy(), numpy.array([[row.labels.get(name, numpy.nan) for name in classes] for row in rows]))
+        if numpy.isfinite(values).any():
+            result |= {"macro_auroc": float(numpy.nanmean(values)), "classes": int(numpy.isfinite(values).sum())}
     model.train()
     return result
 
 
 def scoring(settings):
     """Without the bank's losses (alpha = gamma = 0: plain contrastive learning) x_hat means nothing and isn't scored."""
-    return evaluate.PAIRS[:2] if settings.gamma or settings.alpha else evaluate.PAIRS[:1]
+    return PAIRS[:2] if settings.gamma or settings.alpha else PAIRS[:1]
 
 
 # -------------------------------------------------------------------------------------------------------------- saved state
@@ -539,7 +541,7 @@ def finish(settings):
     if split:
         result = evaluate.evaluate(settings.out, settings.manifest, split, Path(settings.out) / "evaluation", pairs=scoring(settings),
                                    cache=settings.cache or None, device=settings.device, summaries=settings.summaries or None)
-        print(evaluate.evaluation_table(result))
+        print(evaluation_table(result))
     print(f"\nthe model, its curves and its log: {settings.out}/   " + (f"the evaluation: {settings.out}/evaluation/report.html" if split else "")
           + f"\none scan: python evaluate.py {settings.out} --volume scan.nii.gz")
 

@@ -6,8 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import bench
 import data
+import distil
 import phantom
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,7 +37,7 @@ def expansions(template):
 
 
 def test_no_held_out_wording_is_in_the_curriculum():
-    phrases, frames = bench.read_wordings(ROOT / "checkpoints" / "wordings.txt")
+    phrases, frames = distil.read_wordings(ROOT / "checkpoints" / "wordings.txt")
     assert set(phrases) == {*data.CT_RATE, *data.CT_RATE_LT}
     usual, held_out = ([bare(phrase) for _, *parts in phantom.GRAMMAR.values() for part in parts[start::2] for phrase in part.split("|")] for start in (0, 1))
     held_out = [phrase for phrase in held_out if " " in phrase and not any(phrase in other for other in usual)]
@@ -56,7 +56,7 @@ def test_a_built_sentence_affirms_what_its_frame_says():
               "neither": ["Neither {x} nor {y}."], "mixed": ["{x}, no {y}."]}
     words = {"Cardiomegaly": "heart", "Empyema": "pus", "Lung mass": "(masses|tumours|grows)"}
     kinds = {r"^(No|Neither) |gone\.$|\?$": 0, r" plus ": 2}
-    for text, names in itertools.islice(bench.built_sentences(phrases, frames, random.Random(0)), 2000):
+    for text, names in itertools.islice(distil.built_sentences(phrases, frames, random.Random(0)), 2000):
         assert len(names) == next((count for pattern, count in kinds.items() if re.search(pattern, text)), 1), text
         said = re.split(r", no ", text)[0]
         assert all(re.search(words[name], said, re.I) for name in names) and not re.search(r"[<>{}/]|  ", text), text

@@ -10,7 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model import BrgSA, convert, main, train_tokenizer
+from convert import convert, main
+from model import BrgSA, train_tokenizer
 
 ROOT = Path(__file__).parent.parent
 W, VOCABULARY, POSITIONS, BANK = 128, 90, 20, 12
@@ -150,7 +151,7 @@ def without(name):
 def test_a_foreign_or_damaged_checkpoint_is_one_line(files, monkeypatch, capsys, content, message):
     checkpoint, tokenizer, out = files
     checkpoint.write_bytes(content) if isinstance(content, bytes) else torch.save(content, checkpoint)
-    monkeypatch.setattr(sys, "argv", ["model.py", "convert", str(checkpoint), "--tokenizer", str(tokenizer), "--out", str(out)])
+    monkeypatch.setattr(sys, "argv", ["convert.py", "official", str(checkpoint), "--tokenizer", str(tokenizer), "--out", str(out)])
     with pytest.raises(SystemExit) as stopped:
         main()
     error = capsys.readouterr().err
@@ -159,7 +160,7 @@ def test_a_foreign_or_damaged_checkpoint_is_one_line(files, monkeypatch, capsys,
 
 def test_a_truncated_checkpoint_is_one_line_and_the_command_works(files):
     checkpoint, tokenizer, out = files
-    command = [sys.executable, ROOT / "model.py", "convert", checkpoint, "--tokenizer", tokenizer, "--out", out]
+    command = [sys.executable, ROOT / "convert.py", "official", checkpoint, "--tokenizer", tokenizer, "--out", out]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0 and "weights" in done.stdout, done.stderr
     checkpoint.write_bytes(checkpoint.read_bytes()[:-2000])

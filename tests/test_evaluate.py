@@ -18,6 +18,10 @@ from safetensors.torch import save_file
 
 import data
 import evaluate
+import heatmap
+import metrics
+import model as model_file
+import report
 from model import BrgSA, Config
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -75,7 +79,7 @@ def test_the_command_writes_scores_and_metrics_that_agree_with_its_table(bench, 
     rows = data.read_manifest(manifest)
     array, labels, classes = evaluate.join(scores, rows)
     assert classes == CLASSES and array.shape == (24, 3)
-    for name, expected in zip(CLASSES, evaluate.auroc(array, labels)):
+    for name, expected in zip(CLASSES, metrics.auroc(array, labels)):
         assert result["volume"]["classes"][name]["auroc"] == pytest.approx(expected)
         assert f"{100 * expected:.1f}" in next(line for line in done.stdout.splitlines() if line.startswith(name))
     assert result["volume"]["macro"]["CT-RATE"]["classes"] == 2 and result["volume"]["macro"]["CT-RATE-LT"]["of"] == 1
@@ -172,8 +176,8 @@ def test_each_pair_can_be_selected(bench):
     model = BrgSA.from_pretrained(bench[0])
     v = torch.randn(5, 16, generator=torch.Generator().manual_seed(0))
     asked = evaluate.make_prompts(CLASSES)
-    each = [evaluate.score(model, v, asked, [pair]) for pair in evaluate.PAIRS]
-    np.testing.assert_allclose(evaluate.score(model, v, asked, evaluate.PAIRS), np.mean(each, axis=0), atol=1e-6)
+    each = [evaluate.score(model, v, asked, [pair]) for pair in model_file.PAIRS]
+    np.testing.assert_allclose(evaluate.score(model, v, asked, model_file.PAIRS), np.mean(each, axis=0), atol=1e-6)
     assert len({scores.tobytes() for scores in each}) == 4
 
 
@@ -198,7 +202,7 @@ def test_a_benchmark_says_which_classes_are_asked_for_and_a_class_without_labels
     result = evaluate.evaluate(*bench, out=tmp_path, benchmark="ct-rate-lt")
     assert list(result["volume"]["classes"]) == data.CT_RATE_LT
     assert result["volume"]["macro"]["CT-RATE-LT"]["classes"] == 1 and result["volume"]["macro"]["CT-RATE-LT"]["of"] == 15
-    line = next(line for line in evaluate.table(result).splitlines() if line.startswith("Empyema"))
+    line = next(line for line in report.table(result).splitlines() if line.startswith("Empyema"))
     assert line.split()[1:3] == ["0", "-"]
 
 
@@ -252,7 +256,7 @@ def test_thresholds_come_from_another_split_only_if_its_patients_are_others(benc
     result = evaluate.evaluate(bench[0], tmp_path / "manifest.csv", "valid", tmp_path / "valid", threshold=tmp_path / "tune" / "scores.csv")
     tuned, labels, classes = evaluate.join(evaluate.read_scores(tmp_path / "tune" / "scores.csv"), [row for row in moved if row.split == "tune"])
     scores, truth, _ = evaluate.join(evaluate.read_scores(tmp_path / "valid" / "scores.csv"), [row for row in moved if row.split == "valid"])
-    expected = evaluate.metrics(scores, truth, evaluate.best_thresholds(tuned, labels))
+    expected = metrics.per_class(scores, truth, metrics.best_thresholds(tuned, labels))
     for c, name in enumerate(classes):
         assert result["volume"]["classes"][name]["f1"] == pytest.approx(expected["f1"][c])
     with pytest.raises(ValueError, match="other patients"):
@@ -275,8 +279,8 @@ def test_the_linear_probe_learns_what_is_linear_and_bears_unknown_labels():
     labels = (x @ direction > 0.5).astype(float)
     known = np.where(rng.random(labels.shape) < 0.2, np.nan, labels)
     known[:, 2] = np.nan
-    scores = evaluate.linear_probe(torch.from_numpy(x[:400]), known[:400], np.arange(400) // 2, torch.from_numpy(x[400:]))
-    reached = evaluate.auroc(scores, labels[400:])
+    scores = metrics.linear_probe(torch.from_numpy(x[:400]), known[:400], np.arange(400) // 2, torch.from_numpy(x[400:]))
+    reached = metrics.auroc(scores, labels[400:])
     assert (reached[:2] > 0.97).all() and reached[2] == 0.5
 
 
@@ -284,7 +288,7 @@ def test_the_probe_stands_beside_the_zero_shot_and_never_trains_on_an_evaluated_
     rows = data.read_manifest(bench[1])
     data.write_manifest([data.Row(**{**vars(row), "split": "train" if row.patient in ("p0", "p1", "p2", "p3", "p4") else "valid"}) for row in rows]
                         + [data.Row(**{**vars(row), "split": "train", "name": "again"}) for row in rows if row.name == "valid_5_0"], tmp_path / "manifest.csv")
-    seen, inner = [], evaluate.linear_probe
+    seen, inner = [], metrics.linear_probe
     monkeypatch.setattr(evaluate, "linear_probe", lambda v, y, patients, new: seen.extend(patients) or inner(v, y, patients, new))
     result = evaluate.evaluate(bench[0], tmp_path / "manifest.csv", out=tmp_path / "out", probe=tmp_path / "manifest.csv")
     assert set(seen) == {"p0", "p1", "p2", "p3", "p4"} and 0 <= result["volume"]["macro"]["CT-RATE"]["probe_auroc"] <= 1
@@ -357,7 +361,7 @@ def test_rollout_equals_its_published_form_with_whole_attention_matrices(monkeyp
         for p in model.parameters():
             p.mul_(3)                                                                                  # so that attention is not flat
         t = F.normalize(model.encode_text(["There is lung nodule"]), dim=-1)
-    ours, kept = evaluate.heatmap(model, hu, ["There is lung nodule"]), []
+    ours, kept = heatmap.heatmap(model, hu, ["There is lung nodule"]), []
     monkeypatch.setattr(F, "scaled_dot_product_attention", explicit_attention(kept))
     v = model.encode_image(torch.from_numpy(hu)[None, None])
     ((F.cosine_similarity(v, t) + F.cosine_similarity(model.bridge(v), t)) / 2).sum().backward()
@@ -373,7 +377,7 @@ def test_gradcam_of_a_mean_pooled_network_is_its_features_weighted_by_their_grad
     torch.manual_seed(0)
     model = BrgSA(Config(**TINY | {"vision": "resnet18"})).eval()
     hu = np.random.default_rng(0).integers(-1000, 1000, (256, 256, 240)).astype(np.int16)
-    ours = evaluate.heatmap(model, hu, ["There is lung nodule"])
+    ours = heatmap.heatmap(model, hu, ["There is lung nodule"])
     assert ours.shape == (8, 8, 8)
     with torch.no_grad():
         features = model.vision(model.normalise(torch.from_numpy(hu)[None, None]))[1][0]                                  # (gx, gy, gz, C)
@@ -388,10 +392,10 @@ def test_gradcam_of_a_mean_pooled_network_is_its_features_weighted_by_their_grad
 def test_a_map_has_its_minimum_outside_the_patient():
     hu, config = np.full((32, 32, 24), -1000, np.int16), Config(**TINY)
     hu[8:24, 9:22, :16] = 0
-    kept = evaluate.within_patient(np.random.default_rng(0).random((4, 4, 3)) + 1, hu, config)
+    kept = heatmap.within_patient(np.random.default_rng(0).random((4, 4, 3)) + 1, hu, config)
     assert (kept[1:3, 1:3, :2] > kept.min()).sum() >= 7 and (kept[[0, 3]] == kept.min()).all()
     assert (kept[:, [0, 3]] == kept.min()).all() and (kept[:, :, 2] == kept.min()).all()
-    np.testing.assert_array_equal(evaluate.within_patient(kept, np.full_like(hu, -1000), config), kept)  # an empty scan: nothing to go by
+    np.testing.assert_array_equal(heatmap.within_patient(kept, np.full_like(hu, -1000), config), kept)  # an empty scan: nothing to go by
 
 
 def test_where_the_last_stage_is_too_coarse_an_earlier_ones_features_are_each_weighted_by_their_own_gradient():
@@ -406,7 +410,7 @@ def test_where_the_last_stage_is_too_coarse_an_earlier_ones_features_are_each_we
     features.requires_grad_()
     v = model.vision_projection(model.vision.blocks[2:](features).mean((2, 3, 4)))
     ((F.cosine_similarity(v, t) + F.cosine_similarity(model.bridge(v), t)) / 2).sum().backward()
-    ours = evaluate.heatmap(model, hu, ["There is lung nodule"])
+    ours = heatmap.heatmap(model, hu, ["There is lung nodule"])
     assert ours.shape == (8, 8, 6) and ours.max() > 0
     np.testing.assert_allclose(ours, (features * features.grad)[0].sum(0).relu().detach(), rtol=1e-3, atol=1e-7)
 
@@ -415,9 +419,9 @@ def test_where_the_last_stage_is_too_coarse_an_earlier_ones_features_are_each_we
 def test_a_map_that_the_encoder_cannot_give_is_refused(vision, wrong):
     model = BrgSA(Config(**TINY | {"vision": vision})).eval()
     hu = np.zeros(TINY["shape"], np.int16)
-    assert np.abs(evaluate.heatmap(model, hu, ["x"], "similarity")).max() <= 1.0001
+    assert np.abs(heatmap.heatmap(model, hu, ["x"], "similarity")).max() <= 1.0001
     with pytest.raises(ValueError, match=wrong):
-        evaluate.heatmap(model, hu, ["x"], wrong)
+        heatmap.heatmap(model, hu, ["x"], wrong)
 
 
 RAS = np.array([[0.9, 0, 0, -90], [0, 0.9, 0, -100], [0, 0, 2.5, -60], [0, 0, 0, 1.0]])
@@ -431,8 +435,8 @@ def test_a_map_written_back_overlays_the_lesion_in_the_scans_own_voxels(tmp_path
     volume, config = data.read_volume(tmp_path / "scan.nii.gz"), Config(spacing=(2, 2, 4), shape=(96, 80, 32), patch=(4, 4, 4))
     small = data.preprocess(volume.hu, volume.spacing, config.spacing, config.shape, config.hu_range)
     grid = small.reshape(24, 4, 20, 4, 8, 4).clip(-900).mean((1, 3, 5))
-    heat = evaluate.to_scan(grid, volume, config)
-    evaluate.write_heatmap(tmp_path / "heat.nii.gz", heat, volume, tmp_path / "scan.nii.gz")
+    heat = heatmap.to_scan(grid, volume, config)
+    heatmap.write_heatmap(tmp_path / "heat.nii.gz", heat, volume, tmp_path / "scan.nii.gz")
     written = nibabel.load(tmp_path / "heat.nii.gz")
     np.testing.assert_array_equal(written.affine, nibabel.load(tmp_path / "scan.nii.gz").affine)
     assert written.shape == hu.shape
@@ -441,7 +445,7 @@ def test_a_map_written_back_overlays_the_lesion_in_the_scans_own_voxels(tmp_path
     centre = np.array(np.nonzero(written.get_fdata() > 0.5)).mean(1)
     np.testing.assert_allclose(centre, [159.5, 69.5, 43], atol=1.5)
     assert written.get_fdata().min() >= 0 and written.get_fdata().max() == pytest.approx(1, abs=0.01)
-    assert evaluate.planes_png(heat, volume, "cube")[:4] == b"\x89PNG"
+    assert report.planes_png(heat, volume, "cube")[:4] == b"\x89PNG"
 
 
 @pytest.mark.parametrize("vision", ["vit", "resnet18"])
@@ -528,7 +532,7 @@ def test_pointing_counts_maps_whose_maximum_lies_within_one_patch_of_the_lesion(
         grid = np.zeros((4, 4, 3))
         grid[tuple((corner + pad) // 8 for corner, pad in zip(corners[i], (1, 2, 0)))] = 1                      # 30 x 28 x 24 padded to 32 x 32 x 24
         return grid
-    study = evaluate.Study(run, tmp_path / "manifest.csv", None, "cpu", evaluate.PAIRS[:2], evaluate.make_prompts(["Lung nodule"]))
+    study = evaluate.Study(run, tmp_path / "manifest.csv", None, "cpu", model_file.PAIRS[:2], evaluate.make_prompts(["Lung nodule"]))
     study.embed(rows)
     reference = {row.name: study.cache.read(row) for row in rows}
     monkeypatch.setattr(evaluate, "heatmap", oracle)

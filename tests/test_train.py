@@ -15,7 +15,6 @@ import torch
 from safetensors.torch import load_file
 
 import data
-import evaluate
 import train
 from model import BrgSA
 
