@@ -134,7 +134,7 @@ def bench_summarize(arguments):
     import tempfile
 
     import distil
-    import phantom
+    import phantom_reports
     import summarize
     import torch
     if arguments.pairs:
@@ -145,7 +145,7 @@ def bench_summarize(arguments):
     directory = Path(arguments.checkpoint)
     print("small summarizer, 1,000 phantom reports of a seed not trained on, enriched with the rare abnormalities")
     for wordings in ("usual", "held-out"):
-        triples = list(phantom.reports(1000, 77, wordings=wordings, enriched=True))
+        triples = list(phantom_reports.reports(1000, 77, wordings=wordings, enriched=True))
         start, llm = time.perf_counter(), summarize.LLM.from_pretrained(directory, "cpu")
         found = {i: names for i, names, _, _ in summarize.answers(llm, [report for report, _, _ in triples], batch_size=128)}
         elapsed = time.perf_counter() - start

@@ -449,6 +449,11 @@ class Cache:
         elif json.loads(record.read_text()) != self.settings:
             raise ValueError(f"{record}: was prepared with {record.read_text()}, now {json.dumps(self.settings)} is asked for; name another folder")
 
+    @classmethod
+    def for_config(cls, folder, config):
+        """The cache in a folder of volumes as a model's config (model.Config) wants them."""
+        return cls(folder, config.spacing, config.shape, config.hu_range)
+
     def path(self, row):
         """Where a row's volume lies; what turns its voxels into HU is part of the name, so a corrected slope is never missed."""
         reading = zlib.crc32(repr((row.slope, row.intercept, row.spacing)).encode())
@@ -515,6 +520,19 @@ def read_summaries(path):
     return summaries
 
 
+def text_of(row, summaries):
+    """What a row's volume is paired with: its report's summary where there is one, else the report itself."""
+    return summaries.get(report_sha256(row.report), row.report)
+
+
+def labels_matrix(rows, classes):
+    """Labels (N, C) of the rows for the classes: 0, 1, or NaN where unknown."""
+    labels = numpy.full((len(rows), len(classes)), numpy.nan)
+    for row, line in zip(rows, labels):
+        line[:] = [row.labels.get(name, numpy.nan) for name in classes]
+    return labels
+
+
 def sentences(text):
     """Split a report or a summary into its sentences."""
     return [sentence for sentence in re.split(r"(?<=[.!?;])\s+|\n+", text.strip()) if re.search(r"\w", sentence)]
@@ -577,6 +595,15 @@ def report_sha256(report):
 
 
 # ----------------------------------------------------------------------------------------------------------- command line
+
+def run_command(main):
+    """Run a command line's main(); its exit status: 2, with one line on standard error, where the input is wrong."""
+    try:
+        return main()
+    except (ValueError, OSError) as error:
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        return 2
+
 
 def _manifest_command(arguments):
     rows = (ct_rate_manifest(arguments.root, arguments.split, arguments.release) if arguments.dataset == "ct-rate"
@@ -644,8 +671,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except (ValueError, OSError) as error:
-        print(f"data.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(run_command(main))

@@ -4,8 +4,8 @@ import random
 import re
 from pathlib import Path
 
-import phantom
-from phantom import capital
+import phantom_reports
+from phantom_reports import capital
 
 # What the small summarizer is trained on: single sentences, in the phantom's usual wordings and built from checkpoints/wordings.txt (<a/b> is a choice, "+" marks a
 # plural). A large language model wrote those wordings without sight of the phantom's; what coincided with a held-out one was taken out (tests/test_bench.py).
@@ -27,7 +27,7 @@ def filled(template, rng):
 
 def read_wordings(path):
     """checkpoints/wordings.txt -> {abnormality: templates, a sentence's ends with "."}, {kind of frame: frames}; lines that begin with a space go on."""
-    wordings = {name: body.split("|") for name, body in phantom.entries(path.read_text("utf-8"))}
+    wordings = {name: body.split("|") for name, body in phantom_reports.entries(path.read_text("utf-8"))}
     frames = {kind: wordings.pop(kind) for kind in ("affirm", "deny", "past", "ask", "both", "neither", "mixed")}
     return wordings, frames
 
@@ -70,8 +70,8 @@ def summarizer_pairs(n, seed=1000):
     wordings, frames = read_wordings(Path(__file__).parent / "checkpoints" / "wordings.txt")
     built, pairs = built_sentences(wordings, frames, rng), []
     for index in itertools.count():
-        found = phantom.findings(seed, "summarizer", index, enriched=True)
-        for part in phantom.statements(found, rng):
+        found = phantom_reports.findings(seed, "summarizer", index, enriched=True)
+        for part in phantom_reports.statements(found, rng):
             pairs += [(sentence, names) for sentence, names, _ in part]
         pairs += itertools.islice(built, 100)
         if len(pairs) >= n:

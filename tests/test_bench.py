@@ -8,7 +8,7 @@ from pathlib import Path
 
 import data
 import distil
-import phantom
+import phantom_reports
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -39,10 +39,10 @@ def expansions(template):
 def test_no_held_out_wording_is_in_the_curriculum():
     phrases, frames = distil.read_wordings(ROOT / "checkpoints" / "wordings.txt")
     assert set(phrases) == {*data.CT_RATE, *data.CT_RATE_LT}
-    usual, held_out = ([bare(phrase) for _, *parts in phantom.GRAMMAR.values() for part in parts[start::2] for phrase in part.split("|")] for start in (0, 1))
+    usual, held_out = ([bare(phrase) for _, *parts in phantom_reports.GRAMMAR.values() for part in parts[start::2] for phrase in part.split("|")] for start in (0, 1))
     held_out = [phrase for phrase in held_out if " " in phrase and not any(phrase in other for other in usual)]
     any_held_out = re.compile(rf"\b({'|'.join(held_out)})\b")
-    held_out_frames = {frame(text) for kind in (phantom.FRAMES, phantom.IMPRESSION_FRAMES, phantom.NEGATIONS) for text in kind["held-out"].split("|")}
+    held_out_frames = {frame(text) for kind in (phantom_reports.FRAMES, phantom_reports.IMPRESSION_FRAMES, phantom_reports.NEGATIONS) for text in kind["held-out"].split("|")}
     assert len(held_out) > 100 and len(held_out_frames) == 9
     for text in (text for templates in phrases.values() for template in templates for text in expansions(template)):
         assert not any_held_out.search(bare(text)), text

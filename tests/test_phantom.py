@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import phantom
+import phantom_reports
 
 ROOT = Path(__file__).resolve().parents[1]
 # Independently of the grammar's tables: words of which an affirming sentence has one. "not" keeps look-alikes apart.
@@ -67,8 +68,8 @@ def test_same_seed_same_bytes_for_one_and_two_workers_and_after_a_kill(written, 
 
 def test_a_larger_count_extends_a_smaller_one():
     for index in range(40):
-        found = phantom.findings(1, "train", index)
-        assert found == phantom.findings(1, "train", index) and list(found) == [name for name in phantom.ABNORMALITIES if name in found]
+        found = phantom_reports.findings(1, "train", index)
+        assert found == phantom_reports.findings(1, "train", index) and list(found) == [name for name in phantom_reports.ABNORMALITIES if name in found]
     names = [phantom.scan_name(1, "train", index) for index in range(220)]
     assert len(set(names)) == 220 and sum(name.endswith("_b") for name in names) == 20
 
@@ -81,7 +82,7 @@ def test_layout_names_labels_and_metadata_are_those_of_ct_rate(written):
         reports, metadata = _rows(written / f"radiology_text_reports/{long}_reports.csv"), _rows(written / f"metadata/{long}_metadata.csv")
         labels = _rows(written / f"multi_abnormality_labels/{split}_predicted_labels.csv")
         assert list(reports[0]) == ["VolumeName", "ClinicalInformation_EN", "Technique_EN", "Findings_EN", "Impressions_EN"]
-        assert list(labels[0]) == ["VolumeName"] + phantom.CT_RATE and list(rare[labels[0]["VolumeName"]]) == ["VolumeName"] + phantom.CT_RATE_LT
+        assert list(labels[0]) == ["VolumeName"] + phantom_reports.CT_RATE and list(rare[labels[0]["VolumeName"]]) == ["VolumeName"] + phantom_reports.CT_RATE_LT
         names = [row["VolumeName"] for row in reports]
         assert names == [row["VolumeName"] for row in metadata] == [row["VolumeName"] for row in labels]
         assert sorted(names) == sorted(path.name for path in (written / f"{split}_fixed").rglob("*.nii.gz"))
@@ -93,11 +94,11 @@ def test_layout_names_labels_and_metadata_are_those_of_ct_rate(written):
             index = next(i for i in range(2) if phantom.scan_name(3, split, i) == f"{split}_{patient}_{scan}")
             hu, affine, _, found, masks = phantom.draw(3, split, index, int(k) - 1)
             assert np.array_equal(np.asarray(image.dataobj), hu) and np.allclose(image.affine, affine, atol=1e-4)
-            given = {a for a in phantom.ABNORMALITIES if (label | rare[name])[a] == "1"}
+            given = {a for a in phantom_reports.ABNORMALITIES if (label | rare[name])[a] == "1"}
             assert given == set(found) == set(masks)
             if split == "valid":
                 bits = np.asarray(nib.load(written / f"masks/{name}").dataobj)
-                assert all(np.array_equal(bits >> phantom.ABNORMALITIES.index(a) & 1, masks[a]) for a in masks)
+                assert all(np.array_equal(bits >> phantom_reports.ABNORMALITIES.index(a) & 1, masks[a]) for a in masks)
 
 
 def test_both_releases_decode_to_the_same_hu(written, tmp_path):
@@ -114,28 +115,28 @@ def test_both_releases_decode_to_the_same_hu(written, tmp_path):
 @pytest.mark.parametrize("split", ["train", "valid"])
 def test_prevalences_are_those_asked_for(split):
     n = 4000
-    counts = dict.fromkeys(phantom.ABNORMALITIES, 0)
+    counts = dict.fromkeys(phantom_reports.ABNORMALITIES, 0)
     for index in range(n):
-        for name in phantom.findings(0, split, index):
+        for name in phantom_reports.findings(0, split, index):
             counts[name] += 1
-    wanted = phantom.COMMON_PREVALENCE | (phantom.RARE_PREVALENCE if split == "train" else phantom.RARE_PREVALENCE_VALID)
+    wanted = phantom_reports.COMMON_PREVALENCE | (phantom_reports.RARE_PREVALENCE if split == "train" else phantom_reports.RARE_PREVALENCE_VALID)
     for name, share in wanted.items():
         assert abs(counts[name] / n - share) < .016 + .07 * share, (name, counts[name] / n, share)
-    assert all(.01 <= counts[name] / n <= .12 for name in phantom.CT_RATE_LT)
+    assert all(.01 <= counts[name] / n <= .12 for name in phantom_reports.CT_RATE_LT)
 
 
 @pytest.mark.parametrize("wordings", ["usual", "held-out"])
 def test_reports_affirm_what_was_found_and_nothing_else(wordings):
-    for text, names, denied in phantom.reports(800, 7, wordings, enriched=True):
+    for text, names, denied in phantom_reports.reports(800, 7, wordings, enriched=True):
         assert denied and not denied & set(names)
         assert 25 < len(text.split()) < 450 and "{" not in text and " ," not in text
         affirmed = [sentence for sentence in re.split(r"(?<=[.;]) ", text) if not NEGATED.search(sentence) and sentence.rstrip(".;") + "." not in NORMAL]
-        for name in phantom.ABNORMALITIES:
+        for name in phantom_reports.ABNORMALITIES:
             said = any(re.search(TERMS[name], sentence, re.I) and not _taken(sentence, name) for sentence in affirmed)
             assert said == (name in names), (name, names, text)
 
 
-NORMAL = {text.rstrip(".;") + "." for sentences in phantom.NORMAL.values() for text, _ in sentences} | {"No active infiltrative pathology was detected."}
+NORMAL = {text.rstrip(".;") + "." for sentences in phantom_reports.NORMAL.values() for text, _ in sentences} | {"No active infiltrative pathology was detected."}
 PREFERRED = {  # a sentence that matches the second is never about the first
     "Arterial wall calcification": r"coronary|circumflex|pericardi|pleura", "Pleural effusion": r"pericardi|empyema|infected|pneumothorax|air|pus",
     "Pulmonary fibrosis": r"sequela", "Bronchial thickening": r"peribronchial", "Pericardial effusion": r"calcif", "Empyema": "^$", "Atelectasis": r"fibroatelectatic",
@@ -149,19 +150,19 @@ def _taken(sentence, name):
 def test_negating_terms_and_normal_statements_never_contradict_what_was_found():
     rng = random.Random(0)
     for index in range(400):
-        found = phantom.findings(5, "valid", index)
-        text, _ = phantom.report(found, rng)
+        found = phantom_reports.findings(5, "valid", index)
+        text, _ = phantom_reports.report(found, rng)
         negated = " ".join(sentence for sentence in text.split(". ") if NEGATED.search(sentence))
         for name in found:
-            assert not any(term in negated.lower() for term in phantom.GRAMMAR[name][5].lower().split("|")), (name, negated)
-        said = [(s, unless) for sentences in phantom.NORMAL.values() for s, unless in sentences if s in text]
+            assert not any(term in negated.lower() for term in phantom_reports.GRAMMAR[name][5].lower().split("|")), (name, negated)
+        said = [(s, unless) for sentences in phantom_reports.NORMAL.values() for s, unless in sentences if s in text]
         assert not any(name in found for _, unless in said for name in unless)
 
 
 def test_held_out_wordings_are_not_among_the_usual_ones():
-    usual, held = (set((phantom.FRAMES[w] + "|" + phantom.NEGATIONS[w]).split("|")) for w in ("usual", "held-out"))
+    usual, held = (set((phantom_reports.FRAMES[w] + "|" + phantom_reports.NEGATIONS[w]).split("|")) for w in ("usual", "held-out"))
     assert not usual & held
-    for name, (_, *phrases) in phantom.GRAMMAR.items():
+    for name, (_, *phrases) in phantom_reports.GRAMMAR.items():
         for i in (0, 2, 4):
             assert not set(phrases[i].split("|")) & set(phrases[i + 1].split("|")), name
         assert len(phrases[0].split("|")) >= 5 and len(phrases[1].split("|")) >= 2
@@ -186,11 +187,11 @@ def plain_scans():
     return {index: phantom.draw(9, "train", index, found={}, masks=False)[0].astype(np.float32) for index in (0, 5)}
 
 
-@pytest.mark.parametrize("name", phantom.ABNORMALITIES)
+@pytest.mark.parametrize("name", phantom_reports.ABNORMALITIES)
 def test_each_abnormality_changes_its_place_as_its_physics_says(name, plain_scans):
     for index in (0, 5):
         rng = random.Random(f"{name} {index}")
-        found = {name: [lesion | {"place": (rng.random(), rng.random(), rng.random())} for lesion in phantom.LESIONS[name](rng)]}
+        found = {name: [lesion | {"place": (rng.random(), rng.random(), rng.random())} for lesion in phantom_reports.LESIONS[name](rng)]}
         hu, affine, spacing, _, masks = phantom.draw(9, "train", index, found=found)
         plain = plain_scans[index]
         mask = masks[name]
@@ -239,6 +240,6 @@ def test_a_folder_of_another_seed_is_refused(written):
 
 def test_a_contact_sheet_is_a_png(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
-    monkeypatch.setattr(phantom, "ABNORMALITIES", phantom.ABNORMALITIES[:2])
+    monkeypatch.setattr(phantom, "ABNORMALITIES", phantom_reports.ABNORMALITIES[:2])
     phantom.preview(tmp_path / "sheet.png")
     assert (tmp_path / "sheet.png").read_bytes()[:4] == b"\x89PNG"

@@ -423,12 +423,12 @@ def test_a_prompt_longer_than_the_context_is_refused(tmp_path):
 # ------------------------------------------------------------------------------------------------ the small summarizer in checkpoints/
 @pytest.mark.parametrize("wordings", ["usual", "held-out"])
 def test_the_small_summarizer_reads_phantom_reports_of_another_seed(wordings):
-    phantom = pytest.importorskip("phantom")
+    phantom_reports = pytest.importorskip("phantom_reports")
     directory = ROOT / "checkpoints" / "summarizer"
     if not directory.exists():
         pytest.skip("checkpoints/summarizer is not trained yet")
     assert sum(file.stat().st_size for file in directory.iterdir()) <= 3 * 2 ** 20
-    texts, affirmed, denied = zip(*phantom.reports(200, 12345, wordings=wordings, enriched=True))
+    texts, affirmed, denied = zip(*phantom_reports.reports(200, 12345, wordings=wordings, enriched=True))
     hits = wrong = missed = denied_affirmed = 0
     for i, found, _, _ in summarize.answers(summarize.LLM.from_pretrained(directory, "cpu"), texts):
         found, names = set(found or ()), set(affirmed[i])
