@@ -7,6 +7,7 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from unittest import mock
 
 import nibabel
 import numpy as np
@@ -65,7 +66,8 @@ def program(*arguments):
 def command(*arguments):
     """The same in this process, which spares the imports."""
     out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    name = mock.patch.object(sys, "argv", ["evaluate.py"])
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), name:
         status = evaluate.main([str(argument) for argument in arguments])
     return subprocess.CompletedProcess(arguments, status or 0, out.getvalue(), err.getvalue())
 
@@ -477,7 +479,7 @@ def test_a_synthetic_rad_chestct_runs_end_to_end(tmp_path):
     result = evaluate.evaluate(run, tmp_path / "manifest.csv", out=tmp_path / "out", benchmark="rad-chestct")
     assert len(result["volume"]["classes"]) == 16 and result["volume"]["classes"]["Calcification"]["positives"] > 0
     assert result["volume"]["macro"]["all"]["of"] == 16
-    everything = evaluate.evaluate(run, tmp_path / "manifest.csv", out=tmp_path / "out", benchmark="rad-chestct-all")
+    everything = evaluate.evaluate(run, tmp_path / "manifest.csv", out=tmp_path / "out", benchmark=None)
     assert "Coronary artery disease" in everything["volume"]["classes"]
     Page((tmp_path / "out" / "report.html").read_text())
 
@@ -535,7 +537,7 @@ def test_pointing_counts_maps_whose_maximum_lies_within_one_patch_of_the_lesion(
     study = evaluate.Study(run, tmp_path / "manifest.csv", None, "cpu", model_file.PAIRS[:2], evaluate.make_prompts(["Lung nodule"]))
     study.embed(rows)
     reference = {row.name: study.cache.read(row) for row in rows}
-    monkeypatch.setattr(evaluate, "heatmap", oracle)
+    monkeypatch.setattr(heatmap, "heatmap", oracle)
     result = evaluate.evaluate(run, tmp_path / "manifest.csv", out=tmp_path / "out")["pointing"]["Lung nodule"]
     assert result["volumes"] == 4 and result["hit"] == 1 and result["elsewhere"] == 0 and 0.2 < result["chance"] < 0.7
     assert "Do heat maps point?" in (tmp_path / "out" / "report.html").read_text()
