@@ -1,335 +1,347 @@
-"""The synthetic benchmark's findings, and what its reports say: which abnormalities a scan has,
-and a radiologist-like report that affirms just these. phantom.py draws the volumes.
+"""The synthetic benchmark's findings, and radiologist-like reports that affirm just those.
 
-Everything follows from (seed, split, index). Data stands in resources/phantom.toml: prevalences,
-what occurs together, how lesions are drawn, and the wordings.
+    import phantom_reports
+    print(next(phantom_reports.reports(1, seed=0))[0])  # the text of one report
 
-    from phantom_reports import reports
-    for text, affirmed, denied in reports(3, seed=0):
-        print(text, affirmed, denied)
+Everything follows from (seed, split, index of the scan). What there is to find, how often, and in
+which words stands in resources/phantom.toml. An abnormality is present where its latent variable
+exceeds the quantile of 1 - prevalence:
+
+    z = sum over causes of (loading * cause) + sqrt(1 - sum of loading^2) * noise
 """
 import math
 import random
 import tomllib
+from functools import cache, partial
 from pathlib import Path
 from statistics import NormalDist
 
-_text = Path(__file__).with_name("resources").joinpath("phantom.toml").read_text("utf-8")
-_data = tomllib.loads(_text)
-GRAMMAR, FRAMES, NORMAL = _data["abnormality"], _data["frames"], _data["normal"]
-CAUSES, TEXTS, CORONARIES = _data["causes"], _data["texts"], _data["coronaries"]
-ABNORMALITIES = list(GRAMMAR)
-CT_RATE = [name for name in GRAMMAR if GRAMMAR[name]["benchmark"] == "ct-rate"]
-CT_RATE_LT = [name for name in GRAMMAR if GRAMMAR[name]["benchmark"] == "ct-rate-lt"]
-SIDES = ("right", "left")
+PHANTOM = tomllib.loads((Path(__file__).parent / "resources/phantom.toml").read_text("utf-8"))
+GRAMMAR = PHANTOM["abnormality"]  # name -> what the file says about it
+FRAMES = PHANTOM["frames"]
+NORMAL = PHANTOM["normal"]
+CAUSES = PHANTOM["causes"]
+IMPLIES = PHANTOM["implies"]
+STATIONS = PHANTOM["stations"]
+SITUATIONS = PHANTOM["situations"]
+TECHNIQUES = PHANTOM["techniques"]
 
-# ---- 1. What is found ----------------------------------------------------------------------------
-#
-# Abnormalities occur together: age brings calcifications and spondylosis, heart failure effusions.
-# So each has a latent normal variable, a weighted sum of shared causes and a part of its own: it is
-# there where that exceeds a threshold (a Gaussian copula: prevalences stay as they are given).
+CT_RATE = [name for name, about in GRAMMAR.items() if about["benchmark"] == "ct-rate"]
+CT_RATE_LT = [name for name, about in GRAMMAR.items() if about["benchmark"] == "ct-rate-lt"]
+ABNORMALITIES = CT_RATE + CT_RATE_LT
 
-def implied(name):
-    """What an abnormality brings along."""
-    return GRAMMAR[name].get("implies", ())
-
-
-def _thresholds(column):
-    """The latent threshold of each abnormality for its prevalence in a column of the grammar."""
-    prevalence = {name: entry[column] for name, entry in GRAMMAR.items()}
-    for cause in GRAMMAR:  # leave room for those that others bring along
-        for effect in implied(cause):
-            p = prevalence[cause]
-            prevalence[effect] = (prevalence[effect] - p) / (1 - p)
-    return {name: NormalDist().inv_cdf(1 - p) for name, p in prevalence.items()}
+SIGN = {"right": -1, "left": 1}  # of x, which points to the left
+SIDES = tuple(SIGN)
+UPPER = ("right upper lobe", "left upper lobe")
+LOWER = ("right lower lobe", "left lower lobe")
+LOBES = ("right upper lobe", "right middle lobe", "right lower lobe",
+         "left upper lobe", "left lower lobe")
 
 
-def _own_share(name):
-    """The loading of an abnormality's own part: what its causes leave of a variance of 1."""
-    shared = sum(loadings.get(name, 0)**2 for loadings in CAUSES.values())
-    return math.sqrt(1 - shared)
-
-
-THRESHOLDS = {False: _thresholds("prevalence"), True: _thresholds("prevalence_valid")}
-OWN = {name: _own_share(name) for name in GRAMMAR}
-
-
+# ---------------------------------------------------------------- which abnormalities a scan has
 def findings(seed, split, index, enriched=False):
-    """Which abnormalities scan `index` of a split has: dict name -> list of lesions (dicts).
+    """Draw the abnormalities of a scan: dict name -> list of lesions, in ABNORMALITIES' order.
 
-    split "valid" (or enriched) has the rare ones at 6 to 10 %. A patient's second scan keeps what
-    is chronic; nodules have grown or shrunk a little, what is acute is drawn anew.
+    A lesion is a dict of what it needs (side, lobe, size in mm ...) and `place`, three numbers in
+    [0, 1) that seed its drawing. The split "valid", or enriched=True, has the rare abnormalities
+    at 6 to 10 %. A patient's second scan keeps what is chronic.
     """
     patient, second = patient_of(seed, split, index)
+    first, later = (random.Random(f"findings {seed} {split} {patient} {k}") for k in (0, 1))
     enriched = enriched or split == "valid"
-    first_rng = random.Random(f"findings {seed} {split} {patient} 0")
-    first = _sample(first_rng, enriched)
-    if not second:
-        return first
-    rng = random.Random(f"findings {seed} {split} {patient} 1")
-    fresh = _sample(rng, enriched)
-    growth = rng.uniform(.8, 1.3)
-    merged = {name: lesions for name, lesions in fresh.items() if GRAMMAR[name]["acute"]}
-    for name, lesions in first.items():
-        if name == "Lung nodule":
-            lesions = [grown(lesion, growth) for lesion in lesions]
-        if not GRAMMAR[name]["acute"]:
-            merged[name] = lesions
-    for cause in GRAMMAR:  # what a new acute cause brings along
-        for effect in implied(cause):
-            if cause in merged and effect not in merged:
-                merged[effect] = fresh.get(effect) or first[effect]
-    return {name: merged[name] for name in ABNORMALITIES if name in merged}
-
-
-def grown(nodule, growth):
-    """A nodule after some time; none grows into a mass."""
-    return nodule | {"size": min(30, round(nodule["size"] * growth))}
+    abnormalities = _sample(first, enriched)
+    return _follow_up(abnormalities, later, enriched) if second else abnormalities
 
 
 def patient_of(seed, split, index):
     """Scan index -> (patient number, whether it is that patient's second scan).
 
-    In each 11 scans, one of 10 patients has two.
+    Each 11 scans are of 10 patients: a random one of them has two scans, one after the other.
     """
     block, place = divmod(index, 11)
     twice = random.Random(f"patient {seed} {split} {block}").randrange(10)
-    return 10 * block + place - (place > twice), place == twice + 1
+    patient = 10 * block + (place if place <= twice else place - 1)
+    return patient, place == twice + 1
 
 
 def _sample(rng, enriched):
-    """Findings of one scan: dict name -> lesions, in ABNORMALITIES' order."""
-    latent = {name: OWN[name] * rng.gauss(0, 1) for name in ABNORMALITIES}
+    """The abnormalities of one scan with their lesions, whatever other scans have."""
+    present = _present(rng, enriched)
+    abnormalities = {name: LESIONS[name](rng) for name in ABNORMALITIES if name in present}
+    for lesions in abnormalities.values():
+        for lesion in lesions:
+            lesion["place"] = (rng.random(), rng.random(), rng.random())
+    return abnormalities
+
+
+def _present(rng, enriched):
+    """The names of the abnormalities of one scan."""
+    # A Gaussian copula: latent variables that share a cause (age, heart failure) are correlated,
+    # so that the abnormalities of one cause occur together more often than by chance. Each variable
+    # stays standard normal, so that each abnormality, present above its threshold, keeps its
+    # prevalence.
+    latent = {name: _noise(name) * rng.gauss(0, 1) for name in ABNORMALITIES}
     for loadings in CAUSES.values():
-        strength = rng.gauss(0, 1)
+        cause = rng.gauss(0, 1)
         for name, loading in loadings.items():
-            latent[name] += loading * strength
-    threshold = THRESHOLDS[enriched]
+            latent[name] += loading * cause
+
+    threshold = _thresholds(enriched)
     present = {name for name in ABNORMALITIES if latent[name] > threshold[name]}
-    present.update(*map(implied, present))
-    found = {name: lesions(name, rng) for name in ABNORMALITIES if name in present}
-    return {name: [placed(lesion, rng) for lesion in each] for name, each in found.items()}
+    for cause, effects in IMPLIES.items():
+        if cause in present:
+            present.update(effects)
+    return present
 
 
-def placed(lesion, rng):
-    """A lesion with the three random numbers in [0, 1) from which phantom.py draws it."""
-    return lesion | {"place": (rng.random(), rng.random(), rng.random())}
+@cache
+def _noise(name):
+    """The standard deviation of a latent variable's own part: with its causes the variance is 1."""
+    return math.sqrt(1 - sum(loadings.get(name, 0) ** 2 for loadings in CAUSES.values()))
 
 
-def lesions(name, rng):
-    """Draw the lesions of an abnormality, as its entry in phantom.toml says: list of dicts."""
-    spec = GRAMMAR[name]["lesions"]
-    return LESION_KINDS[spec["where"]](spec, rng)
+@cache
+def _thresholds(enriched):
+    """Name -> threshold that its latent variable exceeds as often as its prevalence says."""
+    key = "prevalence_valid" if enriched else "prevalence"
+    share = {name: about.get(key, about["prevalence"]) for name, about in GRAMMAR.items()}
+    # An effect also comes with its cause, so less of it is to come by itself.
+    for cause, effects in IMPLIES.items():
+        for effect in effects:
+            share[effect] = (share[effect] - share[cause]) / (1 - share[cause])
+    return {name: NormalDist().inv_cdf(1 - share[name]) for name in ABNORMALITIES}
 
 
-def _measured(lesion, spec, rng):
-    """The lesion with its size in mm, number and scale, where the spec has these."""
-    if "size" in spec:
-        size = rng.uniform(*spec["size"])
-        lesion["size"] = size if spec.get("fine") else round(size)
-    if "n" in spec:
-        lesion["n"] = rng.randint(*spec["n"])
-    if "scale" in spec:
-        lesion["scale"] = rng.uniform(*spec["scale"])
-    return lesion
+def _follow_up(before, rng, enriched):
+    """A patient's second scan: what is acute is drawn anew, what is chronic stays."""
+    anew = _sample(rng, enriched)
+    growth = rng.uniform(0.8, 1.3)
+    now = {}
+    for name, about in GRAMMAR.items():
+        source = anew if about.get("acute") else before
+        if name in source:
+            now[name] = source[name]
+    for nodule in now.get("Lung nodule", []):
+        nodule["size"] = min(30, round(nodule["size"] * growth))
+    return now
 
 
-def _one(spec, rng):
-    return [_measured({}, spec, rng)]
+# ---------------------------------------------------------------- which lesions an abnormality has
+# phantom.toml names one of these for each abnormality, and its arguments after rng.
+def each(rng, places=({},), **fields):
+    """One lesion in each place; where none is named, one lesion."""
+    return [place | _values(rng, fields) for place in places]
 
 
-def _each_side(spec, rng):
-    """One on each side, in a lobe of it where the spec names one."""
-    out = []
-    for side in SIDES:
-        lesion = {"side": side} | ({"lobe": f"{side} {spec['lobe']}"} if "lobe" in spec else {})
-        out.append(_measured(lesion, spec, rng))
-    return out
+def one_side_or_both(rng, both, **fields):
+    """One lesion on a random side or, in a share `both` of the patients, one on each."""
+    sides = SIDES if rng.random() < both else [rng.choice(SIDES)]
+    return [{"side": side} | _values(rng, fields) for side in sides]
 
 
-def _on_sides(spec, rng):
-    """One on a random side, or one on each."""
-    sides = SIDES if rng.random() < spec["both"] else (rng.choice(SIDES),)
-    return [_measured({"side": side}, spec, rng) for side in sides]
+def in_lobes(rng, number, lobes=LOBES, **fields):
+    """Lesions in random lobes; no lobe has a second one before each has one."""
+    n = rng.choice(number) if len(number) > 1 else number[0]
+    chosen = []
+    while len(chosen) < n:
+        chosen += rng.sample(lobes, len(lobes))
+    places = [{"lobe": lobe, "side": lobe.split()[0]} for lobe in chosen[:n]]
+    return each(rng, places, **fields)
 
 
-def _in_lobes(spec, rng):
-    """Several, in lobes drawn without replacement while there are any."""
-    among, n, lobes = spec["among"], spec["count"], []
-    if isinstance(n, list):
-        n = rng.choice(n)
-    while len(lobes) < n:
-        lobes += rng.sample(among, len(among))
-    out = []
-    for lobe in lobes[:n]:
-        out.append(_measured({"lobe": lobe, "side": lobe.split()[0]}, spec, rng))
-    if "what" in spec:
-        for lesion in out:
-            lesion["what"] = rng.choice(spec["what"])
-    return out
+def atelectasis(rng, **fields):
+    """Lesions in random lobes: two of three are bands, the third a lobe without air."""
+    lesions = in_lobes(rng, **fields)
+    for lesion in lesions:
+        lesion["what"] = rng.choice(("linear", "linear", "lobar"))
+    return lesions
 
 
-def _some_of(spec, rng):
-    """Several of a list of things."""
-    out, n = [], rng.choice(spec["count"])
-    for what in rng.sample(spec["of"], n):
-        lesion = {"what": what} | ({"side": rng.choice(SIDES)} if spec.get("side") else {})
-        out.append(_measured(lesion, spec, rng))
-    return out
+def some_of(rng, what, number, ordered=False, **fields):
+    """One lesion for each of some random things or places, mixed or ordered as the list is."""
+    chosen = _some(rng, what, number)
+    if ordered:
+        chosen.sort(key=what.index)
+    return [{"what": thing} | _values(rng, fields) for thing in chosen]
 
 
-def _at_vertebrae(spec, rng):
-    """Three to six vertebrae, each on the right, the left or both sides."""
-    out, n = [], rng.randint(3, 6)
-    for vertebra in sorted(rng.sample(range(5, 12), n)):
-        lesion = {"what": f"T{vertebra}", "side": rng.choice((*SIDES, "both"))}
-        out.append(_measured(lesion, spec, rng))
-    return out
+def spondylosis(rng, first, number):
+    """Worn discs at neighbouring thoracic vertebrae."""
+    start = rng.choice(first)
+    return [{"what": f"T{level}"} for level in range(start, start + rng.choice(number))]
 
 
-def _neighbouring_vertebrae(spec, rng):
-    first, n = rng.randint(4, 6), rng.randint(4, 6)
-    return [{"what": f"T{vertebra}"} for vertebra in range(first, first + n)]
+def rib_fractures(rng, first, number, **fields):
+    """Fractures of neighbouring ribs."""
+    side = rng.choice(SIDES)
+    start = rng.choice(first)
+    ribs = range(start, start + rng.choice(number))
+    return [{"side": side, "rib": rib} | _values(rng, fields) for rib in ribs]
 
 
-def _neighbouring_ribs(spec, rng):
-    side, first, n = rng.choice(SIDES), rng.randint(3, 7), rng.randint(1, 4)
-    return [_measured({"side": side, "rib": rib}, spec, rng) for rib in range(first, first + n)]
+def _values(rng, fields):
+    """A random value for each field of a lesion, in their order."""
+    return {field: _value(rng, field, options) for field, options in fields.items()}
 
 
-LESION_KINDS = {
-    "one": _one, "each side": _each_side, "sides": _on_sides, "lobes": _in_lobes,
-    "some of": _some_of, "vertebrae with a side": _at_vertebrae,
-    "neighbouring vertebrae": _neighbouring_vertebrae, "neighbouring ribs": _neighbouring_ribs,
-}
+def _value(rng, field, options):
+    """One of the options for a side, else a number from options[0] to options[1]."""
+    if field == "side":
+        return rng.choice(options)
+    if field == "n":
+        return rng.randint(*options)
+    number = rng.uniform(*options)
+    return round(number) if isinstance(options[0], int) else number
 
 
-# ---- 2. What is said -----------------------------------------------------------------------------
+def _some(rng, items, numbers):
+    """Random items, none twice: as many as a random one of `numbers`, if there are so many."""
+    return rng.sample(items, min(len(items), rng.choice(numbers)))
 
-def joined(words, last=" and "):
-    """`a, b and c`, each word once."""
-    words = list(dict.fromkeys(words))
-    return words[0] if len(words) == 1 else ", ".join(words[:-1]) + last + words[-1]
+
+DRAWN_BY = {function.__name__: function for function in (
+    each, one_side_or_both, in_lobes, atelectasis, some_of, spondylosis, rib_fractures)}
+LESIONS = {  # name -> function: rng -> list of lesions
+    name: partial(DRAWN_BY[about["drawn_by"]], **about["lesions"])
+    for name, about in GRAMMAR.items()}
+
+
+# ---------------------------------------------------------------- what a report says
+def reports(n, seed, wordings="usual", enriched=False):
+    """Yield n reports of no scan: (text as in a manifest, names affirmed, set of names denied)."""
+    for index in range(n):
+        abnormalities = findings(seed, "reports", index, enriched)
+        rng = random.Random(f"report {seed} reports {index} {wordings}")
+        sentences = sum(statements(abnormalities, rng, wordings), [])
+        denied = {name for _, _, names in sentences for name in names}
+        yield _text(sentences), list(abnormalities), denied
+
+
+def report(abnormalities, rng, wordings="usual"):
+    """The texts of a report's findings and impression; the arguments are those of `statements`."""
+    body, impression = statements(abnormalities, rng, wordings)
+    return _text(body), _text(impression)
+
+
+def statements(abnormalities, rng, wordings="usual"):
+    """A report's findings and its impression: lists of (sentence, names affirmed, names denied).
+
+    abnormalities: as `findings` gives them; rng: random.Random; wordings: "usual", or "held-out",
+    which no training report has. The findings affirm each abnormality, the impression most. All
+    others are left out, denied, or excluded by a statement that something is normal.
+    """
+    organs = {organ: [] for organ in NORMAL}
+    for name, lesions in abnormalities.items():
+        sentence = _affirm(rng, name, lesions, "findings", wordings)
+        organs[GRAMMAR[name]["organ"]].append(sentence)
+
+    # Organ by organ: what is normal; then what is there and what isn't, mixed.
+    body = []
+    for organ, sentences in organs.items():
+        sentences += _denials(rng, organ, abnormalities, wordings)
+        rng.shuffle(sentences)
+        body += _normal(rng, organ, abnormalities) + sentences
+    return body, _impression(rng, abnormalities, wordings)
 
 
 def capital(text):
-    """text with its first letter in upper case."""
+    """The text with its first letter in upper case."""
     return text[0].upper() + text[1:]
 
 
-def _fields(lesions):
-    """What a phrase may name of an abnormality's lesions: sizes, sides, lobes, levels."""
-    sides = {lesion.get("side", "both") for lesion in lesions}
-    side = sides.pop() if len(sides) == 1 else "both"
+def _text(sentences):
+    return " ".join(text for text, _, _ in sentences if text)
+
+
+def _affirm(rng, name, lesions, section, wordings):
+    """A sentence that says that an abnormality is there."""
+    phrase = rng.choice(GRAMMAR[name][wordings][section]).format(**_slots(lesions))
+    if not phrase.endswith("."):
+        # A noun phrase, with a "+" if it is a plural: a frame makes it a sentence.
+        be, was = ("are", "were") if phrase.startswith("+") else ("is", "was")
+        noun = phrase.removeprefix("+")
+        frame = rng.choice(FRAMES[wordings][section])
+        phrase = frame.format(np=noun, Np=capital(noun), be=be, was=was)
+    return capital(phrase), [name], []
+
+
+def _denials(rng, organ, abnormalities, wordings):
+    """One sentence or none, for the lungs one or two, about what an organ doesn't have."""
+    names = [name for name, about in GRAMMAR.items() if about["organ"] == organ]
+    absent = [name for name in names if name not in abnormalities]
+    denials = []
+    for _ in range(rng.choice((1, 1, 2) if organ == "lungs" else (0, 0, 1))):
+        names = _some(rng, absent, (1, 1, 2, 2, 3))
+        if names:
+            terms = [rng.choice(GRAMMAR[name][wordings]["negated"]) for name in names]
+            no = _join(terms, " or ")
+            frame = rng.choice(FRAMES[wordings]["negated"])
+            denials.append((frame.format(no=no, No=capital(no)), [], names))
+    return denials
+
+
+def _normal(rng, organ, abnormalities):
+    """Sentences about what is normal in an organ, as far as true; more where little is wrong."""
+    if organ == "devices" and rng.random() >= 0.5:
+        return []
+    true = []
+    for normal in NORMAL[organ]:
+        excluded = normal.get("unless", [])
+        if abnormalities.keys().isdisjoint(excluded):
+            true.append((normal["text"], [], excluded))
+    wordy = organ in ("abdomen", "bones", "lungs")
+    numbers = (1, 2, 2) if wordy else (0, 1, 1)
+    if len(abnormalities) >= 4:
+        numbers = (0, 1, 2) if wordy else (0, 0, 1)
+    return _some(rng, true, numbers)
+
+
+def _impression(rng, abnormalities, wordings):
+    """Most of the abnormalities once more; one report of 25 has no impression."""
+    impression = []
+    for name, lesions in abnormalities.items():
+        if rng.random() < 0.85:
+            impression.append(_affirm(rng, name, lesions, "impression", wordings))
+    rng.shuffle(impression)
+    if not abnormalities:
+        impression = [(rng.choice(PHANTOM["no_findings"]), [], [])]
+    return impression if rng.random() > 0.04 else []
+
+
+# ---------------------------------------------------------------- what a phrase says about lesions
+def _slots(lesions):
+    """The values of a phrase's {fields}, from the lesions of its abnormality."""
     size = round(max(lesion.get("size", 0) for lesion in lesions))
     lobes = [lesion["lobe"] for lesion in lesions if "lobe" in lesion]
-    whats = [lesion["what"] for lesion in lesions if "what" in lesion]
-    what = joined([CORONARIES.get(word, word) for word in whats]) if whats else ""
-    ribs = [lesion["rib"] for lesion in lesions if "rib" in lesion]
-    if ribs:
-        ordinals = joined([f"{rib}{'rd' if rib == 3 else 'th'}" for rib in ribs])
-        what = f"{side} {ordinals} rib{'s' * (len(ribs) > 1)}"
     return {
-        "size": size,
-        "size2": max(round(.8 * size), 3),
-        "what": what,
-        "side": "bilateral" if side == "both" else side,
-        "on": "bilaterally" if side == "both" else f"on the {side}",
-        "hemi": "in both hemithoraces" if side == "both" else f"in the {side} hemithorax",
-        "at": f"in the {joined(lobes)}" if 0 < len(set(lobes)) < 4 else "in both lungs",
+        "size": size, "size2": max(round(0.8 * size), 3),
         "amount": "minimal" if size < 20 else "moderate" if size < 38 else "marked",
+        "at": f"in the {_join(lobes)}" if 0 < len(set(lobes)) < 4 else "in both lungs",
+        "what": _what(lesions),
+        **_side(lesions),
     }
 
 
-def _affirmation(rng, phrases, frames, lesions):
-    """A sentence that affirms an abnormality."""
-    phrase = rng.choice(phrases).format(**_fields(lesions))
-    if not phrase.endswith("."):
-        plural, noun = phrase[0] == "+", phrase.removeprefix("+")
-        be, was = ("are", "were") if plural else ("is", "was")
-        phrase = rng.choice(frames).format(np=noun, Np=capital(noun), be=be, was=was)
-    return capital(phrase)
+def _side(lesions):
+    sides = {lesion.get("side", "both") for lesion in lesions}
+    if len(sides) > 1 or "both" in sides:
+        return {"side": "bilateral", "on": "bilaterally", "hemi": "in both hemithoraces"}
+    side = sides.pop()
+    return {"side": side, "on": f"on the {side}", "hemi": f"in the {side} hemithorax"}
 
 
-def _denials(rng, organ, absent, wordings):
-    """Up to two sentences (text, names affirmed, names denied) that deny absent abnormalities."""
-    out = []
-    for _ in range(rng.choice((0, 0, 1)) + (organ == "lungs")):
-        names = rng.sample(absent, min(len(absent), rng.choice((1, 1, 2, 2, 3))))
-        if names:
-            terms = [rng.choice(GRAMMAR[name][wordings]["negated"]) for name in names]
-            no = joined(terms, " or ")
-            frame = rng.choice(FRAMES[wordings]["negated"])
-            out.append((frame.format(no=no, No=capital(no)), [], names))
-    return out
+def _what(lesions):
+    """Devices, arteries, lymph node stations, vertebrae or ribs; empty if lesions have none."""
+    if "what" in lesions[0]:
+        names = [lesion["what"] for lesion in lesions]
+        return _join(PHANTOM["coronaries"].get(name, name) for name in names)
+    if "rib" in lesions[0]:
+        ribs = ["3rd" if lesion["rib"] == 3 else f"{lesion['rib']}th" for lesion in lesions]
+        return f"{lesions[0]['side']} {_join(ribs)} {'rib' if len(ribs) == 1 else 'ribs'}"
+    return ""
 
 
-def _normal_statements(rng, organ, statements, found):
-    """Up to two normal statements that are true, as sentences (text, [], names denied)."""
-    true = []
-    for statement in statements:
-        unless = statement.get("unless", [])
-        if found.keys().isdisjoint(unless):
-            true.append((statement["text"], [], unless))
-    talkative = (organ in ("abdomen", "bones", "lungs")) + 2 * (len(found) < 4)
-    counts = ((0, 0, 1), (0, 1, 2), (0, 1, 1), (1, 2, 2))[talkative]
-    return rng.sample(true, min(len(true), rng.choice(counts)))
-
-
-def statements(found, rng, wordings="usual"):
-    """The sentences of a report's Findings and of its Impressions, for `found` (see findings).
-
-    Two lists of (sentence, names affirmed, names denied). rng: random.Random; wordings: "usual", or
-    "held-out" (in no data set). Each abnormality found is affirmed in the findings and mostly in
-    the impression; any other is left out, denied, or excluded by a statement that all is normal.
-    """
-    frames, all_sentences = FRAMES[wordings], []
-    by_organ = {entry["organ"]: [] for entry in NORMAL}
-    for name, entry in GRAMMAR.items():
-        if name in found:
-            phrases = entry[wordings]["findings"]
-            text = _affirmation(rng, phrases, frames["findings"], found[name])
-            by_organ[entry["organ"]].append((text, [name], []))
-    for entry in NORMAL:
-        organ = entry["organ"]
-        absent = [name for name in ABNORMALITIES if name not in found]
-        absent = [name for name in absent if GRAMMAR[name]["organ"] == organ]
-        sentences = by_organ[organ] + _denials(rng, organ, absent, wordings)
-        rng.shuffle(sentences)
-        if organ != "devices" or rng.random() < .5:
-            sentences = _normal_statements(rng, organ, entry["statements"], found) + sentences
-        all_sentences += sentences
-
-    impression = []
-    for name in found:
-        if rng.random() < .85:
-            phrases = GRAMMAR[name][wordings]["impression"]
-            text = _affirmation(rng, phrases, frames["impression"], found[name])
-            impression.append((text, [name], []))
-    rng.shuffle(impression)
-    if not found:
-        impression = [(rng.choice(TEXTS["no_findings"]), [], [])]
-    return all_sentences, impression if rng.random() > .04 else []
-
-
-def report(found, rng, wordings="usual"):
-    """A report of `found` -> (Findings, Impressions), texts; arguments as of `statements`."""
-    parts = statements(found, rng, wordings)
-    return tuple(" ".join(text for text, _, _ in part) for part in parts)
-
-
-def reports(n, seed, wordings="usual", enriched=False):
-    """Yield n triples (report as in a manifest, names affirmed, names denied); nothing is drawn.
-
-    enriched: the rare abnormalities at 6 to 10 %, as in the valid split. Independent of any scan
-    that phantom.write writes.
-    """
-    for index in range(n):
-        found = findings(seed, "reports", index, enriched)
-        rng = random.Random(f"report {seed} reports {index} {wordings}")
-        said = sum(statements(found, rng, wordings), [])
-        text = " ".join(text for text, _, _ in said if text)
-        denied = set()
-        for _, _, names in said:
-            denied.update(names)
-        yield text, list(found), denied
+def _join(words, last=" and "):
+    """["a", "b", "c", "a"] -> "a, b and c"."""
+    *first, final = dict.fromkeys(words)
+    return ", ".join(first) + last + final if first else final

@@ -17,20 +17,6 @@ import phantom
 import phantom_reports
 
 ROOT = Path(__file__).resolve().parents[1]
-# Independently of the grammar's tables: words of which an affirming sentence has one. "not" keeps look-alikes apart.
-TERMS = {
-    "Medical material": r"pacemaker|venous catheter|sternotomy|endotracheal|aortic valve|chest tube|port catheter|nasogastric|medical material|medical device",
-    "Arterial wall calcification": r"calcif\w+.*(aort|arterial)|(aort|arterial).*calcif", "Cardiomegaly": r"cardiomegaly|heart is larger|heart size|cardiothoracic|enlargement of the heart|cardiac silhouette|cardiac enlargement",
-    "Pericardial effusion": r"pericardial (effusion|fluid|space|leaves)|in the pericardium up to", "Coronary artery wall calcification": r"calcif.*(coronary|anterior descending|circumflex)|(coronary|descending artery|circumflex).*calcif",
-    "Hiatal hernia": r"herni|hiatus", "Lymphadenopathy": r"lymphadenopath|(enlarged|pathological|multiple) .*lymph node|lymph nodes? (in|exceeding|have reached)|nodal enlargement",
-    "Emphysema": r"emphysem", "Atelectasis": r"atelecta(?!tic sequela)|collapse", "Lung nodule": r"(pulmonary|lung|solid|mm) nodul|nodul(es? (of|up|in the lungs)|ar)|nodule in the lungs",
-    "Lung opacity": r"opacit|ground[- ]glass", "Pulmonary fibrotic sequela": r"sequela", "Pleural effusion": r"pleural (effusion|fluid|space|leaves)|effusion reaching \d+ mm in thickness",
-    "Mosaic attenuation pattern": r"mosaic", "Peribronchial thickening": r"peribronchial", "Consolidation": r"consolidat", "Bronchiectasis": r"bronchiecta|bronchial dilatation|bronchi .*dilated",
-    "Interlobular septal thickening": r"interlobular", "Pneumonia": r"pneumoni", "Pneumothorax": r"pneumothorax|air (in|between) the pleural", "Empyema": r"empyema|infected pleural",
-    "Tuberculosis": r"tubercul", "Pulmonary fibrosis": r"fibrosis|honeycomb", "Lung cyst": r"air cyst|lung cyst|cyst measuring|cystic air|cyst of \d+ mm (in|\.)", "Bronchial thickening": r"bronchial wall|thickening of the bronch|thickened bronchial|walls of the segmental|tram-track",
-    "Lung mass": r"\bmass\b|tumou?ral|tumor-like", "Osteophyte": r"osteophyt", "Rib fracture": r"ribs?\b.*|fracture", "Atherosclerosis": r"athero", "Pericardial calcification": r"pericardi.*calcif|calcif.*pericardi",
-    "Spondylosis": r"spondylo", "Pleural calcification": r"pleura.*calcif|calcif.*pleura", "Pneumomediastinum": r"pneumomediastinum|air (densities |collection |)?.*mediasti|mediastinal air"}
-NEGATED = re.compile(r"\bno\b|\bnot\b|absent|lacking|disappeared|resolved|neither", re.I)
 
 
 @pytest.fixture(scope="module")
@@ -110,62 +96,6 @@ def test_both_releases_decode_to_the_same_hu(written, tmp_path):
             assert np.allclose(raw.header.get_zooms(), 1) and nib.aff2axcodes(raw.affine) == nib.aff2axcodes(fixed.affine)
             hu = np.asarray(raw.dataobj) * float(row["RescaleSlope"]) + float(row["RescaleIntercept"])
             assert raw.dataobj.slope == 1 and raw.dataobj.inter == 0 and np.array_equal(hu, np.asarray(fixed.dataobj))
-
-
-@pytest.mark.parametrize("split", ["train", "valid"])
-def test_prevalences_are_those_asked_for(split):
-    n = 4000
-    counts = dict.fromkeys(phantom_reports.ABNORMALITIES, 0)
-    for index in range(n):
-        for name in phantom_reports.findings(0, split, index):
-            counts[name] += 1
-    wanted = phantom_reports.COMMON_PREVALENCE | (phantom_reports.RARE_PREVALENCE if split == "train" else phantom_reports.RARE_PREVALENCE_VALID)
-    for name, share in wanted.items():
-        assert abs(counts[name] / n - share) < .016 + .07 * share, (name, counts[name] / n, share)
-    assert all(.01 <= counts[name] / n <= .12 for name in phantom_reports.CT_RATE_LT)
-
-
-@pytest.mark.parametrize("wordings", ["usual", "held-out"])
-def test_reports_affirm_what_was_found_and_nothing_else(wordings):
-    for text, names, denied in phantom_reports.reports(800, 7, wordings, enriched=True):
-        assert denied and not denied & set(names)
-        assert 25 < len(text.split()) < 450 and "{" not in text and " ," not in text
-        affirmed = [sentence for sentence in re.split(r"(?<=[.;]) ", text) if not NEGATED.search(sentence) and sentence.rstrip(".;") + "." not in NORMAL]
-        for name in phantom_reports.ABNORMALITIES:
-            said = any(re.search(TERMS[name], sentence, re.I) and not _taken(sentence, name) for sentence in affirmed)
-            assert said == (name in names), (name, names, text)
-
-
-NORMAL = {text.rstrip(".;") + "." for sentences in phantom_reports.NORMAL.values() for text, _ in sentences} | {"No active infiltrative pathology was detected."}
-PREFERRED = {  # a sentence that matches the second is never about the first
-    "Arterial wall calcification": r"coronary|circumflex|pericardi|pleura", "Pleural effusion": r"pericardi|empyema|infected|pneumothorax|air|pus",
-    "Pulmonary fibrosis": r"sequela", "Bronchial thickening": r"peribronchial", "Pericardial effusion": r"calcif", "Empyema": "^$", "Atelectasis": r"fibroatelectatic",
-    "Pneumothorax": r"^Pneumomediastinum", "Lung nodule": r"cavit", "Pulmonary fibrotic sequela": "^$", "Medical material": "^$", "Lung cyst": "honeycomb cysts"}
-
-
-def _taken(sentence, name):
-    return name in PREFERRED and re.search(PREFERRED[name], sentence, re.I)
-
-
-def test_negating_terms_and_normal_statements_never_contradict_what_was_found():
-    rng = random.Random(0)
-    for index in range(400):
-        found = phantom_reports.findings(5, "valid", index)
-        text, _ = phantom_reports.report(found, rng)
-        negated = " ".join(sentence for sentence in text.split(". ") if NEGATED.search(sentence))
-        for name in found:
-            assert not any(term in negated.lower() for term in phantom_reports.GRAMMAR[name][5].lower().split("|")), (name, negated)
-        said = [(s, unless) for sentences in phantom_reports.NORMAL.values() for s, unless in sentences if s in text]
-        assert not any(name in found for _, unless in said for name in unless)
-
-
-def test_held_out_wordings_are_not_among_the_usual_ones():
-    usual, held = (set((phantom_reports.FRAMES[w] + "|" + phantom_reports.NEGATIONS[w]).split("|")) for w in ("usual", "held-out"))
-    assert not usual & held
-    for name, (_, *phrases) in phantom_reports.GRAMMAR.items():
-        for i in (0, 2, 4):
-            assert not set(phrases[i].split("|")) & set(phrases[i + 1].split("|")), name
-        assert len(phrases[0].split("|")) >= 5 and len(phrases[1].split("|")) >= 2
 
 
 # In its mask, against the same patient without it: how the mean HU changes, and what the mean is.
