@@ -1,63 +1,93 @@
-"""bench.py is run by hand; here that each of its commands is there, and what the small summarizer is trained on."""
-import itertools
-import random
-import re
+"""bench.py is run by hand; here its commands, and what the ablation makes of finished runs."""
+import json
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import pytest
+
+import bench
 import data
-import distil
-import phantom_reports
+import evaluate
 
 ROOT = Path(__file__).resolve().parent.parent
+COMMANDS = ("preprocess", "evaluate", "summarize", "attention", "ablation")
+
+
+def run(*arguments):
+    command = [sys.executable, "bench.py", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
 def test_every_command_says_what_it_measures():
-    done = subprocess.run([sys.executable, "bench.py", "--help"], cwd=ROOT, capture_output=True, text=True)
+    done = run("--help")
     assert done.returncode == 0, done.stderr
-    assert all(f"    {command} " in done.stdout for command in ("preprocess", "evaluate", "summarize", "attention", "ablation"))
+    assert all(f"    {command} " in done.stdout for command in COMMANDS)
 
 
-def bare(text):
-    """A wording without fields, articles, plural endings and punctuation: what is compared."""
-    words = re.findall(r"[^\W_]+", re.sub(r"{\w+}", " ", text).casefold())
-    return " ".join(re.sub(r"(?<=...)s$", "", word) for word in words if word not in ("a", "an", "the"))
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_commands_help_has_an_example(command, capsys):
+    with pytest.raises(SystemExit) as exit:
+        bench.main([command, "--help"])
+    assert exit.value.code == 0
+    assert f"example: python bench.py {command}" in capsys.readouterr().out
 
 
-def frame(text):
-    return bare(re.sub(r"{be}|{was}", " is ", re.sub(r"{(np|no|x)}", " NP ", text, flags=re.I)))
+def test_the_old_spelling_of_the_curriculum_says_the_new_one_in_one_line():
+    done = run("summarize", "--pairs", "pairs.jsonl")
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert "python distil.py --curriculum pairs.jsonl" in line
 
 
-def expansions(template):
-    choice = re.search(r"<([^<>]*)>", template)
-    if not choice:
-        return [template]
-    return [text for option in choice[1].split("/") for text in expansions(template[:choice.start()] + option + template[choice.end():])]
+def test_a_call_in_a_new_process_returns_its_value():
+    call = "print('a word before') or [memory('VmHWM') > 2 ** 20, 1]"
+    assert bench.in_new_process(call) == [True, 1]
 
 
-def test_no_held_out_wording_is_in_the_curriculum():
-    phrases, frames = distil.read_wordings(ROOT / "checkpoints" / "wordings.txt")
-    assert set(phrases) == {*data.CT_RATE, *data.CT_RATE_LT}
-    usual, held_out = ([bare(phrase) for _, *parts in phantom_reports.GRAMMAR.values() for part in parts[start::2] for phrase in part.split("|")] for start in (0, 1))
-    held_out = [phrase for phrase in held_out if " " in phrase and not any(phrase in other for other in usual)]
-    any_held_out = re.compile(rf"\b({'|'.join(held_out)})\b")
-    held_out_frames = {frame(text) for kind in (phantom_reports.FRAMES, phantom_reports.IMPRESSION_FRAMES, phantom_reports.NEGATIONS) for text in kind["held-out"].split("|")}
-    assert len(held_out) > 100 and len(held_out_frames) == 9
-    for text in (text for templates in phrases.values() for template in templates for text in expansions(template)):
-        assert not any_held_out.search(bare(text)), text
-    for text in (text for templates in frames.values() for template in templates for text in expansions(template)):
-        assert frame(text) not in held_out_frames, text
+def made_up_run(folder, rows, separation, rng):
+    """A finished run with scores that tell positives from negatives by `separation`."""
+    classes = data.CT_RATE + data.CT_RATE_LT
+    labels = np.array([[row.labels[name] for name in classes] for row in rows])
+    scores = rng.normal(size=labels.shape) + separation * labels
+    gap = {"centroid_distance": 1.5, "linear_separability": 1.0}
+    evaluation = folder / "evaluation"
+    evaluate.write_scores(evaluation / "scores.csv", [row.name for row in rows], classes, scores)
+    gaps = {"gap": {"before": gap, "after": gap | {"centroid_distance": 0.25}}}
+    (evaluation / "metrics.json").write_text(json.dumps(gaps))
+    return folder
 
 
-def test_a_built_sentence_affirms_what_its_frame_says():
-    phrases = {"Cardiomegaly": ["big heart", "The heart is big."], "Empyema": ["pus", "Pus is there {at}."], "Lung mass": ["+<masses/tumours>", "It grows."]}
-    frames = {"affirm": ["{Np} {be} seen."], "deny": ["No {no}."], "past": ["{No} is gone."], "ask": ["{No}?"], "both": ["{x} plus {y}."],
-              "neither": ["Neither {x} nor {y}."], "mixed": ["{x}, no {y}."]}
-    words = {"Cardiomegaly": "heart", "Empyema": "pus", "Lung mass": "(masses|tumours|grows)"}
-    kinds = {r"^(No|Neither) |gone\.$|\?$": 0, r" plus ": 2}
-    for text, names in itertools.islice(distil.built_sentences(phrases, frames, random.Random(0)), 2000):
-        assert len(names) == next((count for pattern, count in kinds.items() if re.search(pattern, text)), 1), text
-        said = re.split(r", no ", text)[0]
-        assert all(re.search(words[name], said, re.I) for name in names) and not re.search(r"[<>{}/]|  ", text), text
-        assert text.startswith(("Mass", "Tumour")) <= (" is seen" not in text)
+def cells_of(line):
+    return [cell.strip() for cell in line.split("|")[1:-1]]
+
+
+def test_the_ablations_table_and_picture_come_from_finished_runs(tmp_path):
+    rng = np.random.default_rng(0)
+    rows = []
+    for i in range(60):
+        labels = {name: float(rng.random() < 0.3) for name in data.CT_RATE + data.CT_RATE_LT}
+        row = data.Row(f"{i}", Path(f"{i}.nii.gz"), patient=f"{i // 2}", labels=labels)
+        rows.append(row)
+    results, pictures = {}, {}
+    for arm, separation in zip(bench.ARMS, (0, 1, 0, 2)):
+        runs = [made_up_run(tmp_path / f"{arm}-{seed}", rows, separation, rng) for seed in (0, 1)]
+        results[arm] = [bench.collect(run, rows) for run in runs]
+        clouds = rng.normal(size=(2, 50, 2)).tolist()
+        pictures[arm] = {"before": clouds, "after": clouds}
+
+    head, _, *lines = bench.ablation_table(results).splitlines()
+    cells = [cells_of(line) for line in lines]
+    assert {len(line) for line in cells} == {len(cells_of(head))}
+    assert [line[0] for line in cells] == list(bench.ARMS)
+    assert cells[0][2] == cells[0][4] == "" and cells[0][5:] == ["1.50", "1.00", ""]
+    assert cells[3][5:] == ["1.50", "1.00", "0.25, 1.00"]
+    macro = [float(line[1].split(" ")[0]) for line in cells]
+    assert macro[3] > macro[1] > 65 and abs(macro[0] - 50) < 5
+    for line in (cells[1], cells[3]):  # truly better: the interval is above 0, p is small
+        assert "(+" in line[2] and line[2].endswith(" 0.001")
+
+    figure = bench.ablation_figure(pictures)
+    titles = [axes.get_title() for axes in figure.axes]
+    assert titles == [*bench.ARMS, "no bank", "no bank", "after the bank", "after the bank"]
