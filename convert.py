@@ -1,6 +1,11 @@
-"""Weights of others in: the authors' released checkpoint becomes a directory for `BrgSA.from_pretrained`; nothing pickled in it is run.
+"""Weights of others in: the authors' released checkpoint becomes a directory that
+`BrgSA.from_pretrained` loads.
 
     python convert.py official official.ckpt --tokenizer path/to/their-bert --out runs/official
+
+A PyTorch Lightning .ckpt is a pickle, and unpickling runs whatever code it names. Here it is read
+as data: tensors and plain containers are built, every other class or function that it names becomes
+an inert stand-in, so that nothing of it is imported or called.
 """
 import argparse
 import pickle
@@ -12,11 +17,21 @@ from pathlib import Path
 
 import torch
 
-from model import BrgSA, Config, _from_bert, _read_tokenizer
+from model import BrgSA, Config, from_bert, read_tokenizer
+
+# Part of the authors' checkpoint, below `gloria.` -> ours (the text encoder's is renamed further).
+TABLE = {
+    "text_encoder.model.": "text",
+    "text_encoder.emb_global.": "text_projection",
+    "img_encoder.model.": "vision",
+    "img_encoder.global_embedder.": "vision_projection",
+    "dictionarylearning.dictionary.": "bank",
+}
+UNUSED = re.compile(r"emb_local|local_embedder")  # the method doesn't use the local embedders
 
 
-class _Inert:
-    """What any class or function of a pickle becomes, unless it is a tensor's or a plain container: takes everything, does nothing."""
+class Inert:
+    """What any class or function of a pickle becomes: it takes everything and does nothing."""
 
     def __new__(cls, *_, **__):
         return super().__new__(cls)
@@ -29,103 +44,160 @@ class _Inert:
     __setstate__ = __setitem__ = append = extend = add = _nothing
 
 
-class _Checkpoint(pickle.Unpickler):
-    """A torch.save'd file read as data: tensors come as (storage, offset, shape, stride), and a `tensor` is read only when asked for."""
-    DTYPES = {f"{name}Storage": dtype for name, dtype in dict(
-        Float=torch.float32, Half=torch.float16, BFloat16=torch.bfloat16, Double=torch.float64, Long=torch.int64, Int=torch.int32,
-        Short=torch.int16, Char=torch.int8, Byte=torch.uint8, Bool=torch.bool).items()}
+def _reference(storage, offset, shape, stride, *_):
+    return storage, offset, shape, stride
+
+
+STORAGES = {
+    "FloatStorage": torch.float32, "HalfStorage": torch.float16, "BFloat16Storage": torch.bfloat16,
+    "DoubleStorage": torch.float64, "LongStorage": torch.int64, "IntStorage": torch.int32,
+    "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+}
+ALLOWED = {
+    ("collections", "OrderedDict"): OrderedDict,
+    ("torch._utils", "_rebuild_tensor_v2"): _reference,
+    ("torch._utils", "_rebuild_parameter"): lambda data, *_: data,
+    ("builtins", "getattr"): lambda *_: Inert,  # a class within a class
+    ("__builtin__", "getattr"): lambda *_: Inert,
+}
+
+
+class Checkpoint(pickle.Unpickler):
+    """A torch.save'd file read as data: tensors come as references, read when asked for."""
 
     def __init__(self, path):
         self.archive = zipfile.ZipFile(path)
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in self.archive.infolist()):
             raise ValueError("it is compressed, as torch.save never does")
-        names = [name for name in self.archive.namelist() if name.count("/") == 1 and name.endswith("/data.pkl")]
+        names = [name for name in self.archive.namelist() if re.fullmatch("[^/]+/data.pkl", name)]
         if not names:
             raise ValueError("no data.pkl in it")
         self.root = names[0].removesuffix("data.pkl")
         super().__init__(self.archive.open(names[0]))
 
     def find_class(self, module, name):
-        if module == "torch" and name in self.DTYPES:
-            return self.DTYPES[name]
-        return {("collections", "OrderedDict"): OrderedDict,
-                ("builtins", "getattr"): lambda *_: _Inert, ("__builtin__", "getattr"): lambda *_: _Inert,  # a class within a class
-                ("torch._utils", "_rebuild_tensor_v2"): lambda storage, offset, shape, stride, *_: (storage, offset, shape, stride),
-                ("torch._utils", "_rebuild_parameter"): lambda data, *_: data}.get((module, name), _Inert)
+        if module == "torch" and name in STORAGES:
+            return STORAGES[name]
+        return ALLOWED.get((module, name), Inert)
 
     def persistent_load(self, storage):
         _, dtype, key, _, _ = storage
         return dtype, key
 
     def tensor(self, reference):
+        """The tensor that a reference stands for."""
         (dtype, key), offset, shape, stride = reference
-        storage = torch.frombuffer(bytearray(self.archive.read(f"{self.root}data/{key}")), dtype=dtype)
-        return storage.as_strided(shape, stride, offset).clone()
+        content = bytearray(self.archive.read(f"{self.root}data/{key}"))
+        return torch.frombuffer(content, dtype=dtype).as_strided(shape, stride, offset).clone()
 
 
-def convert(checkpoint, tokenizer, out):
-    """The authors' released PyTorch Lightning checkpoint (its tensors are named `gloria.*`) -> a directory for `BrgSA.from_pretrained`.
-
-    tokenizer: directory with their BERT's tokenizer.json or vocab.txt. Heads are 64 wide and the crop's grid is a cube, as theirs. Returns the model
-    and the names under `gloria.` that have no place in it, but for the local embedders, which the method doesn't use. Raises ValueError where a
-    file is damaged or something else.
-    """
-    tokenizer = _read_tokenizer(Path(tokenizer))
-    parts = {part: {} for part in ("text_encoder.model.", "img_encoder.model.", "text_encoder.emb_global.", "img_encoder.global_embedder.", "dictionarylearning.dictionary.")}
-    left_out = []
+def read_parts(checkpoint):
+    """({our part: {name: float tensor}}, the names under `gloria.` that have no place)."""
+    parts, left_out = {part: {} for part in TABLE.values()}, []
     try:
-        reader = _Checkpoint(checkpoint)
+        reader = Checkpoint(checkpoint)
         for name, value in reader.load()["state_dict"].items():
-            part = next((part for part in parts if name.startswith(f"gloria.{part}")), None)
-            if part:
-                parts[part][name.removeprefix(f"gloria.{part}")] = reader.tensor(value).float()
-            elif name.startswith("gloria.") and not re.search(r"emb_local|local_embedder", name):
+            if not name.startswith("gloria."):
+                continue
+            inner = name.removeprefix("gloria.")
+            prefix = next((prefix for prefix in TABLE if inner.startswith(prefix)), None)
+            if prefix:
+                tensor = reader.tensor(value).float()
+                parts[TABLE[prefix]][inner.removeprefix(prefix)] = tensor
+            elif not UNUSED.search(inner):
                 left_out.append(name)
     except FileNotFoundError:
         raise ValueError(f"{checkpoint}: no such file") from None
     except Exception as error:  # whatever a damaged or foreign pickle may raise
-        raise ValueError(f"{checkpoint}: can't be read as a PyTorch Lightning checkpoint ({type(error).__name__}: {ascii(str(error))})") from None
+        reason = f"({type(error).__name__}: {ascii(str(error))})"
+        wrong = "can't be read as a PyTorch Lightning checkpoint"
+        raise ValueError(f"{checkpoint}: {wrong} {reason}") from None
+    return parts, left_out
 
-    bert, vision, text_projection, vision_projection, dictionary = parts.values()
-    depth = lambda names, pattern: len({match[1] for name in names if (match := re.match(pattern, name))})
+
+def config_of(parts):
+    """The Config that the tensors' shapes tell; heads are 64 wide and the crop's grid is a cube."""
+    text, vision = parts["text"], parts["vision"]
+    patches = vision["patch_embed.proj.weight"]
+    width, patch = len(patches), patches.shape[2:]
+    side = round((vision["pos_embed"].shape[1] - 1) ** (1 / 3))
+    positions = text["embeddings.position_embeddings.weight"]
+    text_width = positions.shape[1]
+    bank = parts["bank"]["weight"]
+    return Config(
+        crop=tuple(side * size for size in patch),
+        patch=tuple(patch),
+        vit_width=width,
+        vit_depth=depth_of(vision, r"blocks\.(\d+)"),
+        vit_heads=width // 64,
+        vocabulary=len(text["embeddings.word_embeddings.weight"]),
+        text_width=text_width,
+        text_depth=depth_of(text, r"encoder\.layer\.(\d+)"),
+        text_heads=text_width // 64,
+        text_positions=len(positions),
+        bank_size=len(bank),
+        dim=bank.shape[1],
+    )
+
+
+def depth_of(names, pattern):
+    """How many layers the names tell."""
+    return len({match[1] for match in map(re.compile(pattern).match, names) if match})
+
+
+def convert(checkpoint, tokenizer, out):
+    """The authors' released Lightning checkpoint -> a directory for `BrgSA.from_pretrained`.
+
+    tokenizer: directory with their BERT's tokenizer.json or vocab.txt. Returns the model, and the
+    names in the checkpoint that have no place in it. Raises ValueError where a file is damaged or
+    something else.
+    """
+    tokenizer = read_tokenizer(tokenizer)
+    parts, left_out = read_parts(checkpoint)
     try:
-        patches, positions = vision["patch_embed.proj.weight"], bert["embeddings.position_embeddings.weight"]
-        bank = dictionary["weight"]
-        side = round((vision["pos_embed"].shape[1] - 1) ** (1 / 3))
-        config = Config(
-            crop=tuple(side * size for size in patches.shape[2:]), patch=tuple(patches.shape[2:]), vit_width=len(patches),
-            vit_depth=depth(vision, r"blocks\.(\d+)"), vit_heads=len(patches) // 64, vocabulary=len(bert["embeddings.word_embeddings.weight"]),
-            text_width=positions.shape[1], text_depth=depth(bert, r"encoder\.layer\.(\d+)"), text_heads=positions.shape[1] // 64,
-            text_positions=len(positions), bank_size=len(bank), dim=bank.shape[1])
+        config = config_of(parts)
         model = BrgSA(config, tokenizer)
-        model.text.load_state_dict(_from_bert(bert, config.text_depth, checkpoint))
-        model.vision.load_state_dict(vision)
-        model.vision_projection.load_state_dict(vision_projection)
-        model.text_projection.load_state_dict(text_projection)
-        model.bank.load_state_dict(dictionary)
+        parts["text"] = from_bert(parts["text"], config.text_depth, checkpoint)
+        for part, weights in parts.items():
+            getattr(model, part).load_state_dict(weights)
     except KeyError as error:
-        raise ValueError(f"{checkpoint}: lacks {error}, so it is not the authors' checkpoint") from None
-    except (RuntimeError, IndexError, TypeError, ArithmeticError) as error:  # a tensor of another shape than the released one's
-        raise ValueError(f"{checkpoint}: is not the authors' checkpoint: {' '.join(str(error).split())}") from None
+        lack = f"lacks {error}, so it is not the authors' checkpoint"
+        raise ValueError(f"{checkpoint}: {lack}") from None
+    except (RuntimeError, IndexError, TypeError, ArithmeticError) as error:  # a shape of its own
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{checkpoint}: is not the authors' checkpoint: {reason}") from None
     model.save_pretrained(out)
     return model.eval(), left_out
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["official"])
-    parser.add_argument("checkpoint", help="the authors' PyTorch Lightning .ckpt")
-    parser.add_argument("--tokenizer", required=True, help="directory with their BERT's tokenizer.json or vocab.txt")
-    parser.add_argument("--out", required=True, help="directory to write config.json, tokenizer.json and model.safetensors into")
-    arguments = parser.parse_args()
+def run_command(main):
+    """Run a command line's main() -> exit status; bad input is 2 and one line on standard error."""
     try:
-        model, left_out = convert(arguments.checkpoint, arguments.tokenizer, arguments.out)
+        return main()
     except (ValueError, OSError) as error:
-        print(f"convert.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    print(f"{arguments.out}: {sum(weight.numel() for weight in model.parameters()):,} weights; a tokenizer of {model.text.tokenizer.get_vocab_size()} pieces "
-          f"for {model.config.vocabulary} embeddings" + (f"; no place for {', '.join(map(ascii, left_out))}" if left_out else ""))
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        return 2
+
+
+def main():
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    official = commands.add_parser("official", help="the authors' released checkpoint")
+    official.add_argument("checkpoint", help="a PyTorch Lightning .ckpt")
+    official.add_argument("--tokenizer", required=True, help="their BERT's directory")
+    official.add_argument("--out", required=True, help="the directory to write")
+    a = parser.parse_args()
+    model, left_out = convert(a.checkpoint, a.tokenizer, a.out)
+    weights = sum(weight.numel() for weight in model.parameters())
+    pieces = model.text.tokenizer.get_vocab_size()
+    no_place = f"; no place for {', '.join(map(ascii, left_out))}" if left_out else ""
+    print(f"{a.out}: {weights:,} weights; a tokenizer of {pieces} pieces for "
+          f"{model.config.vocabulary} embeddings{no_place}")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main))

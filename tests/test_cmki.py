@@ -1,7 +1,6 @@
 """The promises of cmki.py, each held against the two-line reference in float64."""
 import itertools
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -58,7 +57,7 @@ def test_large_logits_neither_overflow_nor_lose_digits(dtype, unit):
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 def test_rows_beyond_the_kept_probabilities_are_recomputed(dtype, monkeypatch):
     monkeypatch.setattr(cmki, "KEPT_ENTRIES", dict.fromkeys((2, 4), 200 * 2048))
-    monkeypatch.setattr(cmki, "TILE_ENTRIES", dict.fromkeys((2, 4), 64 * 2048))
+    monkeypatch.setattr(cmki, "CHUNK_ENTRIES", dict.fromkeys((2, 4), 64 * 2048))
     x, bank, g = sample(300, 2048, 48, dtype)
     x[250:260] *= 50  # large logits in a recomputed tile and in a kept one, small ones elsewhere
     x[70:80] *= 50
@@ -147,38 +146,94 @@ plain_dot = InterpreterBuilder.create_dot
 InterpreterBuilder.create_dot = lambda self, a, b, *rest: plain_dot(self, widened(a), widened(b), *rest)
 sys.path.insert(0, "tests")
 import test_cmki as t
-cmki._device_limits = lambda device: (multiprocessors, shared)
+cmki._multiprocessors = lambda device: multiprocessors
 cmki._on_triton = lambda x: x.dtype != torch.float64
-blocks = cmki._forward_blocks
-cmki._forward_blocks = lambda x: blocks(x) or (16, 16, 1)
-for multiprocessors, shared, dtype, case, scale in cases:
+for multiprocessors, dtype, case, scale in cases:
     x, bank, g = t.sample(*case, dtype)
     worst = max(t.distances(x, bank, g, scale))
-    assert worst < t.TOLERANCE[dtype], (multiprocessors, shared, dtype, case, scale, worst)
+    assert worst < t.TOLERANCE[dtype], (multiprocessors, dtype, case, scale, worst)
 """
 
 
 def test_triton_kernels_are_the_reference_in_the_interpreter():
-    """The same promises as above on small sizes: remainders everywhere, the bank whole and split over programs, big blocks and small ones."""
-    pytest.importorskip("triton")
-    shapes = [(1, 37, 32), (63, 130, 48), (65, 1, 192), (65, 37, 40), (3, 100, 1000), (130, 64, 64), (0, 37, 48)]
-    cases = [(many, shared, dtype, case, 1.0) for (dtype, case), (many, shared) in
-             zip(itertools.product((torch.float32, torch.bfloat16, torch.float16), shapes), itertools.cycle([(1, 232448), (16, 232448), (16, 60000)]))]
-    cases += [(many, 232448, torch.bfloat16, (65, 130, 192), 100.0) for many in (1, 16)]
+    """The same promises on small sizes: remainders everywhere, the bank whole and split."""
+    triton = pytest.importorskip("triton")
+    shapes = [(1, 37, 32), (63, 130, 48), (65, 1, 192), (65, 37, 40), (3, 100, 256), (130, 64, 64), (0, 37, 48)]
+    kinds = itertools.product((torch.float32, torch.bfloat16, torch.float16), shapes)
+    cases = [(many, dtype, case, 1.0) for (dtype, case), many in zip(kinds, itertools.cycle([1, 16, 16]))]
+    if triton.__version__ >= "3.7":  # 3.6 loses digits of bf16 here
+        cases += [(many, torch.bfloat16, (65, 130, 192), 100.0) for many in (1, 16)]
     run = subprocess.run([sys.executable, "-c", "import torch\ncases = " + repr(cases) + TRITON], cwd=Path(cmki.__file__).parent,
                          env={"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": "."}, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]
 
 
-def test_copied_alone_the_ten_lines_of_its_docstring_train(tmp_path):
-    shutil.copy(cmki.__file__, tmp_path)
-    lines = re.search(r"ten lines train a toy:\n\n((?:    .*\n)+)", cmki.__doc__)[1].splitlines()
-    assert len(lines) == 10
-    toy = "\n".join(line[4:] for line in lines) + "\n    losses = [*locals().get('losses', ()), loss.item()]\nprint(losses[0], losses[-1])"
-    run = subprocess.run([sys.executable, "-c", toy], cwd=tmp_path, capture_output=True, text=True, env={"OMP_NUM_THREADS": "1"})
-    assert run.returncode == 0, run.stderr
-    first, last = map(float, run.stdout.split())
-    assert last < first / 2
+REFUSED = """
+import sys, torch, cmki
+sys.path.insert(0, "tests")
+import test_cmki as t
+cmki._multiprocessors = lambda device: 16
+cmki._on_triton = lambda x: x.dtype != torch.float64
+x, bank, g = t.sample(65, 37, 48)
+class Refusing:
+    def __getitem__(self, grid):
+        raise RuntimeError("out of resource: shared memory")
+forward = cmki._forward_kernel
+cmki._p_and_ds_kernel = Refusing()
+for cmki._forward_kernel in refusing:
+    cmki._refused.clear()
+    assert max(t.distances(x, bank, g)) < t.TOLERANCE[x.dtype]
+    assert cmki._refused == {x.device}
+    assert max(t.distances(x, bank, g)) < t.TOLERANCE[x.dtype]
+"""
+
+
+def test_a_launch_that_the_card_refuses_falls_back_to_torch():
+    """Refused at once, and after a forward pass that the kernel did."""
+    pytest.importorskip("triton")
+    script = REFUSED.replace("in refusing", "in (forward, Refusing())")
+    environment = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": "."}
+    run = subprocess.run([sys.executable, "-c", script], cwd=Path(cmki.__file__).parent, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+
+
+SHARED_MEMORY = {80: 163, 89: 99, 90: 227, 100: 227}  # KiB that one program can have: A100, 4090, H100, B200
+FORWARD = ("*bf16", "*bf16", "*fp32", "*fp32", "i32", "i32", "i32", "fp32", "i32")
+BACKWARD = ("*bf16", "*bf16", "*bf16", "*fp32", "*fp32", "*bf16", "*bf16", "i32", "i32", "i32", "fp32")
+
+
+def compiled_offline(kernel, signature, constants, arch, folder):
+    """(metadata, bytes spilled) of a kernel compiled for an architecture without a GPU."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    names = kernel.arg_names
+    types = dict(zip(names, signature)) | dict.fromkeys(constants, "constexpr")
+    # Pointers, and d and K, are multiples of 16 in use; so specialised is what is launched.
+    aligned = [i for i, name in enumerate(names) if types[name][0] == "*" or name in ("d", "K")]
+    source = triton.compiler.ASTSource(
+        kernel, types, {(names.index(name),): value for name, value in constants.items()},
+        {(i,): [["tt.divisibility", 16]] for i in aligned})
+    options = dict(cmki.LAUNCH)
+    binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    (folder / "kernel.ptx").write_text(binary.asm["ptx"])
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    ptxas = tools / ("ptxas-blackwell" if arch >= 100 and (tools / "ptxas-blackwell").exists() else "ptxas")
+    name = f"sm_{arch}{'a' if arch >= 90 else ''}"
+    command = [ptxas, "-v", f"--gpu-name={name}", folder / "kernel.ptx", "-o", folder / "kernel.o"]
+    report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    return binary.metadata, sum(int(n) for n in re.findall(r"(\d+) bytes spill", report))
+
+
+@pytest.mark.parametrize("arch", SHARED_MEMORY)
+def test_the_kernels_compile_for_real_cards_fit_them_and_spill_nothing(arch, tmp_path):
+    pytest.importorskip("triton")
+    jobs = [(cmki._p_and_ds_kernel, BACKWARD, cmki.BACKWARD_BLOCKS)]
+    jobs += [(cmki._forward_kernel, FORWARD, cmki.FORWARD_BLOCKS | {"WIDTH": d}) for d in (64, 128, 256)]
+    for kernel, signature, constants in jobs:
+        metadata, spilled = compiled_offline(kernel, signature, constants, arch, tmp_path)
+        assert spilled == 0
+        assert metadata.shared <= SHARED_MEMORY[arch] << 10
+        assert (getattr(metadata, "tmem_size", None) or 0) <= 512
 
 
 @pytest.mark.parametrize("init", ("orthogonal", "gaussian", "xavier", "uniform"))
@@ -203,16 +258,15 @@ def test_a_bank_takes_given_entries_and_can_be_frozen():
         cmki.KnowledgeBank(5, 8, "zeros")
 
 
-def test_usage_top_and_prompts_show_what_an_input_draws():
+def test_usage_and_prompts_show_what_an_input_draws():
     bank = cmki.KnowledgeBank(4, 4, 10 * torch.eye(4))
-    x = torch.eye(4)[[0, 0, 1, 1]] * 3
-    usage = bank.usage(x)
-    assert usage["perplexity"] == pytest.approx(2, abs=1e-3) and usage["perplexity_of_one"] == pytest.approx(1, abs=1e-3) and usage["dead"] == 2
+    usage = cmki.bank_usage(bank, torch.eye(4)[[0, 0, 1, 1]] * 3)
+    assert usage["perplexity"] == pytest.approx(2, abs=1e-3)
+    assert usage["perplexity_of_one"] == pytest.approx(1, abs=1e-3) and usage["dead"] == 2
     torch.testing.assert_close(usage["weight"], torch.tensor([0.5, 0.5, 0, 0]), atol=1e-6, rtol=0)
-    shares, entries = bank.top(x.reshape(2, 2, 4), k=1)
-    assert entries[..., 0].tolist() == [[0, 0], [1, 1]] and shares.min() > 0.99
-    nearest = bank.nearest_prompts(torch.eye(4)[[3, 1, 0, 2]] + 0.1, ["d", "b", "a", "c"], k=2)
-    assert [entry[0][0] for entry in nearest] == ["a", "b", "c", "d"] and all(entry[0][1] > entry[1][1] for entry in nearest)
+    nearest = cmki.nearest_prompts(bank, torch.eye(4)[[3, 1, 0, 2]] + 0.1, ["d", "b", "a", "c"], k=2)
+    assert [entry[0][0] for entry in nearest] == ["a", "b", "c", "d"]
+    assert all(entry[0][1] > entry[1][1] for entry in nearest)
 
 
 def test_kmeans_finds_clusters_repeats_itself_and_survives_repeated_features():

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from convert import convert, main
+from convert import convert, main, run_command
 from model import BrgSA, train_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -152,10 +152,8 @@ def test_a_foreign_or_damaged_checkpoint_is_one_line(files, monkeypatch, capsys,
     checkpoint, tokenizer, out = files
     checkpoint.write_bytes(content) if isinstance(content, bytes) else torch.save(content, checkpoint)
     monkeypatch.setattr(sys, "argv", ["convert.py", "official", str(checkpoint), "--tokenizer", str(tokenizer), "--out", str(out)])
-    with pytest.raises(SystemExit) as stopped:
-        main()
-    error = capsys.readouterr().err
-    assert stopped.value.code == 2 and error.count("\n") == 1 and str(checkpoint) in error and message in error and not (out / "model.safetensors").exists()
+    status, error = run_command(main), capsys.readouterr().err
+    assert status == 2 and error.count("\n") == 1 and str(checkpoint) in error and message in error and not (out / "model.safetensors").exists()
 
 
 def test_a_truncated_checkpoint_is_one_line_and_the_command_works(files):

@@ -178,6 +178,32 @@ def test_preprocess_agrees_with_simpleitk_on_real_scans():
         assert_agrees(volume.hu, volume.spacing, (2.2, 1.9, 4.1), (60, 70, 40))
 
 
+def naive_preprocess(hu, spacing, spacing_out, shape_out):
+    """Resample the whole volume, crop it, pad it: the three lines of preprocess's docstring."""
+    whole = hu.astype(numpy.float64)
+    for axis, (step, step_out) in enumerate(zip(spacing, spacing_out)):
+        size = whole.shape[axis]
+        resampled = max(1, round(size * step / step_out))
+        at = numpy.clip(numpy.arange(resampled) * (step_out / step), 0, size - 1)
+        whole = numpy.apply_along_axis(lambda line: numpy.interp(at, numpy.arange(size), line), axis, whole)
+    out = numpy.full(shape_out, -1024.0)
+    cut, place = [], []
+    for size, wanted in zip(whole.shape, shape_out):
+        kept = min(size, wanted)
+        cut.append(slice((size - kept) // 2, (size - kept) // 2 + kept))
+        place.append(slice((wanted - kept) // 2, (wanted - kept) // 2 + kept))
+    out[tuple(place)] = whole[tuple(cut)]
+    return numpy.clip(out, -1000, 1000)
+
+
+@pytest.mark.parametrize("shape", [(31, 17, 9), (8, 40, 23), (1, 5, 50), (64, 3, 4)])
+def test_slab_by_slab_equals_resampling_cropping_and_padding_the_whole(shape):
+    hu = numpy.random.default_rng(0).integers(-2000, 2000, shape).astype(numpy.int16)
+    arguments = (1.3, 0.7, 2.9), (1.1, 1.9, 1.7), (20, 24, 21)
+    difference = data.preprocess(hu, *arguments) - naive_preprocess(hu, *arguments)
+    assert numpy.abs(difference).max() <= 0.502  # rounding to whole HU
+
+
 def test_beyond_the_last_voxel_the_edge_is_kept():
     hu = numpy.full((2, 2, 2), 700, numpy.int16)
     hu[0, 0, 0] = 699

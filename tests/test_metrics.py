@@ -87,6 +87,20 @@ def test_the_interval_of_a_patient_bootstrap_is_wider_than_that_of_volumes_taken
     assert widths[0] > 1.6 * widths[1]
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_the_rank_formula_and_the_bootstraps_histogram_are_equal_to_the_last_bit(seed):
+    scores, labels, _ = cases(seed)
+    np.testing.assert_array_equal(metrics.auroc(scores, labels), metrics.per_class(scores, labels, np.zeros(7))["auroc"])
+
+
+def test_the_roc_curve_is_scikit_learns():
+    sk = pytest.importorskip("sklearn.metrics")
+    scores, labels, _ = cases(3)
+    known = ~np.isnan(labels[:, 0])
+    expected = sk.roc_curve(labels[known, 0], scores[known, 0], drop_intermediate=False)[:2]
+    np.testing.assert_allclose(metrics.roc_curve(scores[:, 0], labels[:, 0]), expected, atol=1e-12)
+
+
 def test_an_interval_ignores_resamples_where_the_metric_is_undefined():
     samples = np.r_[np.linspace(0, 1, 101), [np.nan] * 50][:, None] * [1.0, np.nan]
     np.testing.assert_allclose(metrics.interval(samples), [[0.025, np.nan], [0.975, np.nan]])
@@ -130,10 +144,9 @@ def test_delong_equals_its_published_equations_and_agrees_with_a_bootstrap():
 def test_top_k_counts_what_is_found_and_ties_count_against():
     scores = np.array([[0.9, 0.8, 0.1], [0.5, 0.5, 0.1], [0.9, 0.8, 0.7]])
     labels = np.array([[1, 0, 1], [1, 0, 0], [0, np.nan, 0]])
-    assert metrics.recall_at_k(scores, labels, 1) == pytest.approx(0.25)        # 1 of 2, then a tie not in the first place; no label: left out
-    assert metrics.precision_at_k(scores, labels, 1) == pytest.approx(1 / 3)
-    assert metrics.recall_at_k(scores, labels, 2) == pytest.approx(0.75)
-    assert metrics.precision_at_k(scores, labels, 2) == pytest.approx((0.5 + 0.5 + 0) / 3)
+    # At 1: one of two, then a tie not in the first place; the third has no abnormality.
+    assert metrics.top_k(scores, labels, 1) == pytest.approx((0.25, 1 / 3))
+    assert metrics.top_k(scores, labels, 2) == pytest.approx((0.75, (0.5 + 0.5 + 0) / 3))
 
 
 def test_the_best_threshold_maximises_recall_plus_specificity():
