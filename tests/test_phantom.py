@@ -114,7 +114,7 @@ CHANGE = {
 @pytest.fixture(scope="module")
 def plain_scans():
     """HU of two patients without findings."""
-    return {index: phantom.draw(9, "train", index, found={}, masks=False)[0].astype(np.float32) for index in (0, 5)}
+    return {index: phantom.draw(9, "train", index, lesions={}, masks=False)[0].astype(np.float32) for index in (0, 5)}
 
 
 @pytest.mark.parametrize("name", phantom_reports.ABNORMALITIES)
@@ -122,7 +122,7 @@ def test_each_abnormality_changes_its_place_as_its_physics_says(name, plain_scan
     for index in (0, 5):
         rng = random.Random(f"{name} {index}")
         found = {name: [lesion | {"place": (rng.random(), rng.random(), rng.random())} for lesion in phantom_reports.LESIONS[name](rng)]}
-        hu, affine, spacing, _, masks = phantom.draw(9, "train", index, found=found)
+        hu, affine, spacing, _, masks = phantom.draw(9, "train", index, lesions=found)
         plain = plain_scans[index]
         mask = masks[name]
         assert hu.shape == mask.shape == plain.shape and mask.sum() * np.prod(spacing) > 60  # mm3
@@ -145,7 +145,7 @@ def test_world_coordinates_do_not_depend_on_the_stored_axes():
     """Every patient lies on the back, head up: bone (spine) behind, lungs' apices narrow, whatever the axis codes."""
     codes = set()
     for index in range(4):
-        hu, affine, spacing, _, _ = phantom.draw(2, "train", index, found={}, masks=False)
+        hu, affine, spacing, _, _ = phantom.draw(2, "train", index, lesions={}, masks=False)
         codes.add("".join(nib.aff2axcodes(affine)))
         bone = np.argwhere(hu > 250) @ affine[:3, :3].T + affine[:3, 3]
         lung = np.argwhere((hu > -950) & (hu < -700)) @ affine[:3, :3].T + affine[:3, 3]
