@@ -2,7 +2,6 @@
 import itertools
 import os
 import re
-import shutil
 import subprocess
 import sys
 import warnings
@@ -56,11 +55,11 @@ def distances(x, bank, g, scale=1.0):
     ]
 
 
-def run_python(script, folder=ROOT, **environment):
+def run_python(script, **environment):
     """Run a script in a process of its own; its error fails the test."""
     environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.environ.get("PYTHONPATH", "")}
     command = [sys.executable, "-c", script]
-    run = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]
 
 
@@ -382,13 +381,6 @@ def test_both_kernels_compile_fit_and_spill_nothing_at_any_width(card, half, tmp
 
 
 # ---- The bank, k-means, the losses ---------------------------------------------------------------
-
-def test_copied_alone_the_example_of_its_docstring_trains(tmp_path):
-    shutil.copy(cmki.__file__, tmp_path)
-    example = re.search(r"Example:\n\n((?:    .*\n)+)", cmki.__doc__)[1]
-    assert example.rstrip().endswith("assert losses[-1] < losses[0] / 2")
-    run_python(re.sub("^    ", "", example, flags=re.M), folder=tmp_path)
-
 
 @pytest.mark.parametrize("init", ("orthogonal", "gaussian", "xavier", "uniform"))
 def test_every_initialisation_gives_finite_entries_of_its_kind(init):
