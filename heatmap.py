@@ -1,18 +1,30 @@
-"""Where a zero-shot score comes from: heat maps, brought to the scan's own space.
+"""Where a zero-shot score comes from: heat maps of a volume, brought to the scan's own space.
 
-    ViT: attention times its gradient of the score, rolled out over layers (Chefer et al. 2021)
-    CNN: features times their gradient of the score (HiResCAM, Draelos and Carin 2020)
+    similarity    cos(cell, prompt)
+    rollout       the CLS token's row of the product over the layers of I + A, where     (ViT)
+                  A = mean over heads of relu(attention * its gradient)
+    gradcam       relu(sum over channels of feature * its gradient)                      (CNN)
 
-    volume, model = data.read_volume("scan.nii.gz"), BrgSA.from_pretrained("runs/phantom")
+Example:
+
+    import data
+    from heatmap import heatmap, to_scan, write_heatmap
+    from model import BrgSA
+    model = BrgSA.from_pretrained("runs/phantom")
     config = model.config
+    volume = data.read_volume("scan.nii.gz")
     hu = data.preprocess(volume.hu, volume.spacing, config.spacing, config.shape, config.hu_range)
-    grid = heatmap(model, hu, ["There is pleural effusion"])            # (gx, gy, gz)
-    write_heatmap("where.nii.gz", to_scan(grid, volume, config), volume, "scan.nii.gz")
+    grid = heatmap(model, hu, ["There is pleural effusion"])    # (gx, gy, gz)
+    heat = to_scan(grid, volume, config)                        # (X, Y, Z), 0 to 1
+    write_heatmap("heat.nii.gz", heat, volume, "scan.nii.gz")
+
+    python evaluate.py runs/phantom --volume scan.nii.gz --heatmap
+    python evaluate.py runs/phantom --volume scan.nii.gz --heatmap similarity
 """
-import contextlib
 import gzip
+import math
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from pathlib import Path
 
 import nibabel
 import numpy as np
@@ -24,233 +36,246 @@ from model import PAIRS, zero_shot_scores
 
 
 def heatmap(model, hu, texts, method=None, pairs=PAIRS[:2]):
-    """Where a preprocessed volume hu (X, Y, Z) supports the prompts `texts`: (gx, gy, gz).
+    """Where a preprocessed volume hu (X, Y, Z) supports the prompts `texts`: a map (gx, gy, gz).
 
-    method: "rollout" (a ViT's default), "gradcam" (a CNN's), or "similarity", the cosine of each
-    patch's projected feature with the prompts. Outside the patient's bounding box (HU > -300) there
-    is no finding: the map's minimum. Raises ValueError for a method that the encoder lacks.
+    method: "similarity", "rollout" (the default of a ViT) or "gradcam" (the default of a CNN);
+    ValueError for one that the encoder can't give. Outside the patient's bounding box there is no
+    finding: cells there have the map's minimum.
     """
-    own = "rollout" if model.config.vision == "vit" else "gradcam"
-    if method not in (None, "similarity", own):
-        encoder = f"the vision encoder '{model.config.vision}'"
-        raise ValueError(f"no '{method}' map for {encoder}; similarity or {own} can be had")
-    volumes = torch.as_tensor(np.array(hu))[None, None].to(model.bank.weight.device)
+    vision = model.config.vision
+    by_gradient = "rollout" if vision == "vit" else "gradcam"
+    method = method or by_gradient
+    if method not in ("similarity", by_gradient):
+        choice = f"similarity or {by_gradient} can be had"
+        raise ValueError(f"no '{method}' map for the vision encoder '{vision}'; {choice}")
+    volume = torch.from_numpy(np.array(hu))[None, None].to(model.bank.weight.device)
     with torch.no_grad():
-        t = F.normalize(model.encode_text(texts), dim=-1).mean(0, keepdim=True)          # (1, d)
-        t_hat = model.bridge(t)
-
-    def score():
-        v = model.encode_image(volumes)
-        return zero_shot_scores(v, model.bridge(v), t, t_hat, pairs).sum()
+        t = F.normalize(model.encode_text(texts), dim=-1).mean(0, keepdim=True)  # (1, d)
 
     if method == "similarity":
-        grid = similarity(model, volumes, t)
-    elif own == "rollout":
-        grid = vit_map(model, score)
-        grid = grid.view([n // step for n, step in zip(hu.shape, model.config.patch)])
+        grid = similarity(model, volume, t)
+    elif method == "rollout":
+        with record_attention(model.vision) as (qkvs, outputs):
+            gradients = score_gradients(model, volume, t, pairs, outputs)
+        layers = [(qkv[0], gradient[0]) for qkv, gradient in zip(qkvs, gradients)]
+        row = rollout(layers, model.config.vit_heads)  # (1 + N,), the first is the CLS token's
+        grid = row[1:].view([size // step for size, step in zip(hu.shape, model.config.patch)])
     else:
-        grid = cnn_map(model, score)
+        with record_stages(model.vision) as stages:
+            gradients = score_gradients(model, volume, t, pairs, stages)
+        grid = gradcam(stages, gradients)
     return within_patient(grid.cpu().numpy(), hu, model.config)
 
 
+@torch.enable_grad()
+def score_gradients(model, volume, t, pairs, recorded):
+    """Embed a volume and score it; the score's gradient by each of the tensors recorded then."""
+    v = model.encode_image(volume)
+    score = zero_shot_scores(v, model.bridge(v), t, model.bridge(t), pairs)  # (1, 1)
+    return torch.autograd.grad(score.sum(), recorded)
+
+
+# ---- what is recorded while the encoder runs
+
+@contextmanager
+def record(modules, inputs=False):
+    """A list that fills with each module's output, or its input; hooks go when the block ends."""
+    tensors = []
+
+    def hook(module, arguments, output):
+        tensors.append(arguments[0] if inputs else output)
+
+    with ExitStack() as hooks:
+        for module in modules:
+            hooks.enter_context(module.register_forward_hook(hook))
+        yield tensors
+
+
+@contextmanager
+def record_attention(vision):
+    """Of each layer qkv (1, N, 3 C), and the attention's output before its projection (1, N, C)."""
+    layers = [block.attn for block in vision.blocks]
+    with (
+        record([layer.qkv for layer in layers]) as qkvs,
+        record([layer.proj for layer in layers], inputs=True) as outputs,
+    ):
+        yield qkvs, outputs
+
+
+def record_stages(vision):
+    """Features (1, C, gx, gy, gz) after each block of a CNN."""
+    return record(vision.blocks)
+
+
+# ---- the three maps
+
 @torch.no_grad()
-def similarity(model, volumes, t):
-    """Cosine of each patch's projected feature with t (1, d): (gx, gy, gz)."""
-    _, patches = model.vision(model.normalise(volumes))
-    patches = F.normalize(model.vision_projection(patches), dim=-1)[0]
-    return patches @ F.normalize(t, dim=-1)[0]
+def similarity(model, volume, t):
+    """Cosine of each cell's projected feature with the prompt t (1, d): (gx, gy, gz)."""
+    _, features = model.vision(model.normalise(volume))  # (1, gx, gy, gz, C)
+    features = F.normalize(model.vision_projection(features), dim=-1)  # (1, gx, gy, gz, d)
+    return (features @ F.normalize(t, dim=-1)[0])[0]
 
 
-@contextlib.contextmanager
-def hooked(hooks):
-    """Hooks that are removed at the end."""
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def vit_map(model, score):
-    """Attention rollout of a ViT for score(), which embeds the volume: one value a patch (N,)."""
-    qkvs, outputs, hooks = [], [], []
-
-    def record_qkv(module, args, output):
-        qkvs.append(output)
-
-    def record_attention_output(module, args):
-        outputs.append(args[0])
-
-    for block in model.vision.blocks:
-        hooks.append(block.attn.qkv.register_forward_hook(record_qkv))
-        hooks.append(block.attn.proj.register_forward_pre_hook(record_attention_output))
-    with hooked(hooks), torch.enable_grad():
-        gradients = torch.autograd.grad(score(), outputs)
-    with torch.no_grad():
-        layers = [(qkv[0], gradient[0]) for qkv, gradient in zip(qkvs, gradients)]
-        return rollout(layers, model.config.vit_heads)[1:]
-
-
+@torch.no_grad()
 def rollout(layers, heads, rows=256):
-    """The CLS token's row (N,) of the product of (I + A_l) over the layers.
+    """Attention rolled out over the layers, weighted by gradients (Chefer et al. 2021): (N,).
 
-    A_l = mean over heads of relu(attention * its gradient). layers: of each, qkv (N, 3 C) and the
-    gradient of the attention's output (N, C), first to last. As only one row is wanted, it goes
-    through the layers from the last to the first, and of an attention matrix (N, N) only `rows`
-    rows are ever there.
+    layers: of each, first to last, qkv (N, 3 C) and the gradient of the attention's output (N, C).
+    Of the product of all I + A only the CLS token's row is wanted, so this row goes through the
+    layers from the last to the first, and at most `rows` rows of any attention are in memory.
     """
-    out = F.one_hot(torch.tensor(0), len(layers[0][0])).to(layers[0][0])
+    tokens = len(layers[0][0])
+    row = F.one_hot(torch.tensor(0), tokens).to(layers[0][0])
     for qkv, gradient in reversed(layers):
-        q, k, v = qkv.unflatten(1, (3, heads, -1)).permute(1, 2, 0, 3)     # (heads, N, C / heads)
-        gradient = gradient.unflatten(1, (heads, -1)).transpose(0, 1)
-        step = torch.zeros_like(out)
-        for part in out.nonzero()[:, 0].split(rows):
+        q, k, v = qkv.unflatten(1, (3, heads, -1)).permute(1, 2, 0, 3)  # each (heads, N, C / heads)
+        gradient = gradient.unflatten(1, (heads, -1)).transpose(0, 1)  # (heads, N, C / heads)
+        step = torch.zeros_like(row)
+        for part in row.nonzero()[:, 0].split(rows):
             attention = torch.softmax(q[:, part] @ k.mT / q.shape[-1] ** 0.5, dim=-1)
-            step += out[part] @ (attention * (gradient[:, part] @ v.mT)).relu().mean(0)
-        out = out + step
-    return out
+            its_gradient = gradient[:, part] @ v.mT  # (heads, rows, N), as attention
+            step += row[part] @ (attention * its_gradient).relu().mean(0)
+        row = row + step
+    return row
 
 
-def cnn_map(model, score):
-    """HiResCAM of a CNN for score(): (gx, gy, gz).
+@torch.no_grad()
+def gradcam(stages, gradients):
+    """Positive part of features times their gradient (HiResCAM, Draelos and Carin 2020).
 
-    Of the deepest stage that still has eight cells along each axis, else of the first; at the last
-    stage it would be Grad-CAM (Selvaraju et al. 2017).
+    At the last stage it is Grad-CAM (Selvaraju et al. 2017). It is taken of the deepest stage that
+    still has eight cells along each axis, else of the first.
     """
-    outputs = []
-
-    def record_output(module, args, output):
-        outputs.append(output)
-
-    hooks = [block.register_forward_hook(record_output) for block in model.vision.blocks]
-    with hooked(hooks), torch.enable_grad():
-        gradients = torch.autograd.grad(score(), outputs)
-    deepest = 0
-    for i, output in enumerate(outputs):
-        if min(output.shape[2:]) >= 8 or output.shape == outputs[0].shape:
-            deepest = i
-    return (outputs[deepest] * gradients[deepest])[0].detach().sum(0).relu()
+    for features, gradient in zip(stages, gradients):
+        if min(features.shape[2:]) >= 8 or features.shape == stages[0].shape:
+            grid = (features * gradient)[0].sum(0).relu()
+    return grid
 
 
-# ---- where a map's cells lie ---------------------------------------------------------------------
-
-def cells(grid, config):
-    """Voxels from one cell's centre to the next, and the first centre, each (3,)."""
-    if config.vision == "vit":
-        return np.array(config.patch), (np.array(config.patch) - 1) / 2
-    # Strided, padded convolutions start at voxel 0 and halve sizes, rounding up.
-    return 2 ** np.ceil(np.log2(np.divide(config.shape, grid.shape))), np.zeros(3)
-
+# ---- where the cells of a map lie
 
 def patient_box(hu):
-    """Slices (3,) of the bounding box of what is denser than -300 HU; all where nothing is."""
-    dense, box = np.asarray(hu) > -300, []
-    for axis, size in enumerate(dense.shape):
+    """Three slices: the bounding box of what is denser than -300 HU; the whole where nothing is."""
+    dense = np.asarray(hu) > -300
+    dense |= not dense.any()
+    box = []
+    for axis in range(3):
         others = tuple({0, 1, 2} - {axis})
-        line = np.flatnonzero(dense.any(others))
-        box.append(slice(line[0], line[-1] + 1) if len(line) else slice(0, size))
+        lines = np.flatnonzero(dense.any(others))
+        box.append(slice(lines[0], lines[-1] + 1))
     return tuple(box)
 
 
 def within_patient(grid, hu, config):
-    """A map (gx, gy, gz) with its minimum at the cells that lie outside the patient's box."""
-    out = grid.copy()
-    steps, offsets = cells(grid, replace(config, shape=hu.shape))
-    for axis, (box, step, offset) in enumerate(zip(patient_box(hu), steps, offsets)):
-        centres = np.arange(grid.shape[axis]) * step + offset
-        outside = (centres < box.start - step / 2) | (centres > box.stop - 1 + step / 2)
-        np.moveaxis(out, axis, 0)[outside] = grid.min()
+    """A map (gx, gy, gz) with its minimum in the cells that lie outside the patient's box."""
+    where = cells(grid, replace(config, shape=hu.shape))
+    inside = []
+    for n, box, stride, offset in zip(grid.shape, patient_box(hu), *where):
+        centre = np.arange(n) * stride + offset
+        before, after = centre < box.start - stride / 2, centre > box.stop - 1 + stride / 2
+        inside.append(~(before | after))
+    inside = np.ix_(*inside)
+    out = np.full_like(grid, grid.min())
+    out[inside] = grid[inside]
     return out
 
 
+def cells(grid, config):
+    """Voxels of the preprocessed volume from cell centre to cell centre, and the first centre."""
+    if config.vision == "vit":
+        patch = np.array(config.patch)
+        return patch, (patch - 1) / 2
+    halved = np.ceil(np.log2(np.divide(config.shape, grid.shape)))
+    return 2 ** halved, np.zeros(3)  # strided, padded convolutions start at voxel 0
+
+
 def to_scan(grid, volume, config):
-    """A map (gx, gy, gz) brought linearly to the voxels of its Volume: 0 to 1, (X, Y, Z).
+    """A map (gx, gy, gz) brought linearly to the voxels of its Volume: (X, Y, Z), 0 to 1.
 
     Inverse of data.preprocess; voxels that it cropped away get 0.
     """
-    weights, (steps, offsets) = [], cells(grid, config)
-    for axis, size in enumerate(volume.hu.shape):
-        shape, n = config.shape[axis], grid.shape[axis]
+    weights = []
+    strides, offsets = cells(grid, config)
+    for axis, (size, n) in enumerate(zip(volume.hu.shape, grid.shape)):
         spacing, spacing_out = volume.spacing[axis], config.spacing[axis]
-        resampled = max(1, round(size * spacing / spacing_out))
-        cropped = min(resampled, shape)
-        cut, padding = (resampled - cropped) // 2, (shape - cropped) // 2
-        # Each voxel's place in the preprocessed volume, and in the grid.
-        position = np.arange(size) * spacing / spacing_out - cut + padding
-        place = np.clip((position - offsets[axis]) / steps[axis], 0, n - 1)
-        weight = np.maximum(0, 1 - np.abs(place[:, None] - np.arange(n)))             # (size, n)
-        inside = (position > -0.5) & (position < shape - 0.5)
-        weights.append((weight * inside[:, None]).astype(np.float32))
-    positive = (grid - grid.min()).astype(np.float32)
-    heat = np.einsum("xi,yj,zk,ijk->xyz", *weights, positive, optimize=True)
+        resampled, shape = max(1, round(size * spacing / spacing_out)), config.shape[axis]
+        both = min(resampled, shape)
+        cropped, padded = (resampled - both) // 2, (shape - both) // 2
+        # where each voxel of the scan lies: in voxels of the preprocessed volume, then in cells
+        voxel = np.arange(size) * spacing / spacing_out - cropped + padded
+        cell = np.clip((voxel - offsets[axis]) / strides[axis], 0, n - 1)
+        weight = np.maximum(0, 1 - np.abs(cell[:, None] - np.arange(n)))  # (size, n)
+        weight[(voxel <= -0.5) | (voxel >= shape - 0.5)] = 0
+        weights.append(weight.astype(np.float32))
+    grid = (grid - grid.min()).astype(np.float32)
+    heat = np.einsum("xi,yj,zk,ijk->xyz", *weights, grid, optimize=True)
     return heat / (heat.max() or 1)  # scaled here: the map's maximum may lie in the padding
 
 
 def write_heatmap(path, heat, volume, source):
-    """Write a map (X, Y, Z) of a Volume as .nii.gz, with its source file's own affine and axes."""
-    affine, orientations = volume.affine, nibabel.orientations
+    """Write a map (X, Y, Z) of a Volume as .nii.gz, with the affine and axes of its source file."""
+    affine = volume.affine
     if not str(source).endswith(".npz"):
         affine = nibabel.load(source).affine
-        lps, own = orientations.axcodes2ornt("LPS"), orientations.io_orientation(affine)
-        heat = orientations.apply_orientation(heat, orientations.ornt_transform(lps, own))
+        lps, own = nibabel.orientations.axcodes2ornt("LPS"), nibabel.io_orientation(affine)
+        turn = nibabel.orientations.ornt_transform(lps, own)
+        heat = nibabel.orientations.apply_orientation(heat, turn)
     image = nibabel.Nifti1Image(np.round(255 * heat).astype(np.uint8), affine)
     image.header.set_slope_inter(1 / 255, 0)
     data.write_atomically(path, gzip.compress(image.to_bytes(), 3))
 
 
-# ---- do heat maps point? -------------------------------------------------------------------------
+# ---- do heat maps point? The phantom's lesions are known
 
-POINTED_AT = ("Lung nodule", "Lung mass", "Pleural effusion", "Consolidation")
+LESIONS = ("Lung nodule", "Lung mass", "Pleural effusion", "Consolidation")
 
 
-def pointing(model, cache, rows, masks, prompts, pairs=PAIRS[:2], most=25):
-    """How often a map's maximum lies within one patch of the lesion, of the phantom's volumes.
+def pointing(model, cache, rows, masks, prompts, pairs):
+    """Of at most 25 rows with a lesion: {lesion: {"volumes", "hit", "chance", "elsewhere"}}.
 
-    masks: folder of lesion masks (NAME.nii.gz, bit k = the k-th of the 33); prompts: {class:
-    prompt}, of evaluate.make_prompts. For each class of POINTED_AT, {"volumes", "hit", "chance",
-    "elsewhere"}: chance is the mean share of the body's box that lies so near, elsewhere the share
-    of hits of another volume's map.
+    "hit" is the share whose map has its maximum within one patch of the lesion, "chance" the mean
+    share of the patient's box that lies within one patch of it, "elsewhere" the share of hits by
+    the map of another volume with such a lesion. masks: folder with NAME.nii.gz, where bit k marks
+    the k-th of the 33 abnormalities; prompts: as evaluate.make_prompts gives them.
     """
-    rows = [row for row in rows if (Path(masks) / f"{row.name}.nii.gz").exists()]
-    out = {}
-    for name in POINTED_AT:
-        affected = [row for row in rows if row.labels.get(name) == 1][:most]
-        if name not in prompts or not affected:
-            continue
-        hits, chances, elsewhere, last = [], [], [], None
-        for row in affected:
-            near = near_lesion(Path(masks) / f"{row.name}.nii.gz", name, model.config)
+    result = {}
+    rows = [row for row in rows if (masks / f"{row.name}.nii.gz").exists()]
+    for name in LESIONS:
+        nears, peaks, chances = [], [], []
+        affected = [row for row in rows if row.labels.get(name) == 1 and name in prompts]
+        for row in affected[:25]:
             hu = cache.read(row)
+            near = near_lesion(masks / f"{row.name}.nii.gz", name, model.config)
             grid = heatmap(model, hu, prompts[name]["positive"], pairs=pairs)
-            peak = peak_voxel(grid, hu.shape, model.config)
-            hits.append(near[peak])
+            nears.append(near)
+            peaks.append(peak_voxel(grid, hu, model.config))
             chances.append(near[patient_box(hu)].mean())
-            if last:
-                elsewhere.append(near[last])
-            last = peak
-        out[name] = {
-            "volumes": len(hits), "hit": float(np.mean(hits)), "chance": float(np.mean(chances)),
-            "elsewhere": float(np.mean(elsewhere)) if elsewhere else float("nan"),
-        }
-    return out
+        if affected:
+            hits = [near[peak] for near, peak in zip(nears, peaks)]
+            elsewhere = [near[peak] for near, peak in zip(nears[1:], peaks)]
+            result[name] = {
+                "volumes": len(hits),
+                "hit": float(np.mean(hits)),
+                "chance": float(np.mean(chances)),
+                "elsewhere": float(np.mean(elsewhere or math.nan)),
+            }
+    return result
 
 
-def near_lesion(mask, name, config):
-    """Voxels (X, Y, Z) of the preprocessed volume within one patch of a lesion of this name."""
-    drawn = data.read_volume(mask)
+def near_lesion(path, name, config):
+    """Voxels of the preprocessed volume within a patch of the mask's lesion `name`: (X, Y, Z)."""
+    mask = data.read_volume(path)
     bit = (data.CT_RATE + data.CT_RATE_LT).index(name)
-    lesion = 1000 * (drawn.hu.astype(np.int64) >> bit & 1).astype(np.int16)
-    lesion = data.preprocess(lesion, drawn.spacing, config.spacing, config.shape, (0, 1000))
-    near = torch.from_numpy(lesion)[None].float()
-    for axis, step in enumerate(config.patch):  # a box's maximum, axis by axis
-        size, padding = [1, 1, 1], [0, 0, 0]
-        size[axis], padding[axis] = 2 * step + 1, step
-        near = F.max_pool3d(near, size, 1, padding)
-    return near[0].numpy() > 100
+    lesion = 1000 * (mask.hu.astype(np.int64) >> bit & 1).astype(np.int16)
+    lesion = data.preprocess(lesion, mask.spacing, config.spacing, config.shape, (0, 1000))
+    near = torch.from_numpy(lesion).float()
+    for reach in reversed(config.patch):  # maximum over z, then y, then x, each put first
+        near = F.max_pool1d(near, 2 * reach + 1, 1, reach).permute(2, 0, 1)
+    return near.numpy() > 100
 
 
-def peak_voxel(grid, shape, config):
-    """The voxel of the preprocessed volume at the centre of a map's highest cell."""
-    step, offset = cells(grid, config)
-    cell = np.array(np.unravel_index(grid.argmax(), grid.shape))
-    return tuple(np.minimum(cell * step + offset, np.array(shape) - 1).astype(int))
+def peak_voxel(grid, hu, config):
+    """Voxel (x, y, z) of hu (X, Y, Z) at the centre of the map's largest cell."""
+    stride, offset = cells(grid, config)
+    cell = np.unravel_index(grid.argmax(), grid.shape) * stride + offset
+    return tuple(np.minimum(cell, np.array(hu.shape) - 1).astype(int))
