@@ -1,13 +1,17 @@
-"""What people look at: the terminal's tables, self-contained HTML pages, pictures.
+"""What people look at: tables for the terminal, pictures, and pages of one file each.
 
-    page = report_page(result, scores, labels, classes, rows, study)      # of evaluate.evaluate
-    print(evaluation_table(result))
+A page needs no network, no script and no other file; its style is resources/report.css. Its numbers
+are those of metrics.json, as evaluate.py makes it:
+
+    python evaluate.py runs/phantom --manifest runs/phantom/data/manifest.csv
+    python evaluate.py runs/phantom --volume scan.nii.gz --heatmap
 """
 import base64
 import io
 import math
 from html import escape
 from pathlib import Path
+from textwrap import fill
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -16,79 +20,57 @@ from heatmap import heatmap, to_scan
 from metrics import auroc, placements, roc_curve
 
 PHANTOM_WARNING = (
-    "this model was trained on the phantom, synthetic scans; it knows nothing about patients"
-)
-STYLE = Path(__file__).with_name("resources").joinpath("report.css").read_text("utf-8")
-BLUE, ORANGE = "#2563b0", "#c8641b"
+    "this model was trained on the phantom, synthetic scans; it knows nothing about patients")
+STYLE = Path(__file__).parent / "resources" / "report.css"
+BLUE, ORANGE, GREY = "#2563b0", "#c8641b", "#c5ccd5"
 
 
-def percent(value):
-    """A share as text, in per cent; - where it is NaN."""
-    return "-" if math.isnan(value) else f"{100 * value:.1f}"
-
-
-def macro_name(name, values):
-    return f"macro {name} ({values['classes']} of {values['of']})"
-
-
-# ---- the terminal --------------------------------------------------------------------------------
-
-def table(result, level="volume"):
-    """The metrics of one level ("volume" or "scan") of an evaluation, as text."""
-    keys = ("auprc", "f1", "accuracy", "precision", "recall", "specificity")
-    named, result = [], result[level]
-    for name, values in result["classes"].items():
-        named.append((name, values["positives"], values))
-    for name, values in result["macro"].items():
-        named.append((macro_name(name, values), "", values))
-    width = max(len(name) for name, _, _ in named)
-    head = f"{'per ' + level:{width}}  positive  AUROC  95 % interval "
-    lines = [head + "".join(f"{key:>13}" for key in keys)]
-    for name, count, values in named:
-        low, high = (f"{percent(end):>5}" for end in values["auroc_95"])
-        line = f"{name:{width}}  {count:>8}  {percent(values['auroc']):>5}  {low} to {high} "
-        lines.append(line + "".join(f"{percent(values[key]):>13}" for key in keys))
-    return "\n".join(lines)
-
+# ---- tables for the terminal
 
 def evaluation_table(result):
     """What the terminal shows of an evaluation."""
-    lines = [f"note: {PHANTOM_WARNING}"] if result.get("trained_on") == "phantom" else []
-    lines.append(counts(result) + f", split {result['split']}; {len(result['skipped'])} skipped")
+    lines = [_counts(result)]
+    if result.get("trained_on") == "phantom":
+        lines.insert(0, f"note: {PHANTOM_WARNING}")
     lines.append(table(result) if "volume" in result else "no labels, so no metrics")
     for name, values in result.get("scan", {}).get("macro", {}).items():
-        line = f"macro AUROC per scan, {name}: {percent(values['auroc'])}"
+        line = f"macro AUROC per scan, {name}: {_percent(values['auroc'])}"
         if "probe" in result:
             probe = result["volume"]["macro"][name]["probe_auroc"]
-            line += f"; of a linear probe, per volume: {percent(probe)}"
+            line += f"; of a linear probe, per volume: {_percent(probe)}"
         lines.append(line)
     if "compare" in result:
-        other = result["compare"]
-        lines.append(f"macro AUROC difference to {other['with']}: {difference(other)}")
-    for name, point in result.get("pointing", {}).items():
-        hit = f"point at it in {percent(point['hit'])} % of {point['volumes']} volumes"
-        lines.append(f"heat maps of {name.lower()} {hit}; chance {percent(point['chance'])} %")
+        difference = _difference(result["compare"])
+        lines.append(f"macro AUROC difference to {result['compare']['with']}: {difference}")
+    for name, values in result.get("pointing", {}).items():
+        hit = f"{_percent(values['hit'])} % of {values['volumes']} volumes"
+        chance = f"chance {_percent(values['chance'])} %"
+        lines.append(f"heat maps of {name.lower()} point at it in {hit}; {chance}")
     return "\n".join(lines)
 
 
-def counts(result):
-    volumes, scans, patients = result["volumes"], result["scans"], result["patients"]
-    return f"{volumes} volumes of {scans} scans of {patients} patients"
-
-
-def difference(other):
-    low, high = (f"{100 * end:+.1f}" for end in other["macro_difference_95"])
-    return f"{100 * other['macro_difference']:+.1f} ({low} to {high})"
+def table(result, level="volume"):
+    """One level of an evaluation, "volume" or "scan": a line a class and a line a macro mean."""
+    keys = ("auprc", "f1", "accuracy", "precision", "recall", "specificity")
+    macros, classes = _named(result[level])
+    width = max(len(name) for name, _, _ in classes + macros)
+    head = f"{'per ' + level:{width}}  positive  AUROC  95 % interval "
+    lines = [head + "".join(f"{key:>13}" for key in keys)]
+    for name, positives, values in classes + macros:
+        ends = " to ".join(f"{_percent(end):>5}" for end in values["auroc_95"])
+        line = f"{name:{width}}  {positives:>8}  {_percent(values['auroc']):>5}  {ends:14} "
+        lines.append(line + "".join(f"{_percent(values[key]):>13}" for key in keys))
+    return "\n".join(lines)
 
 
 def volume_table(result):
-    """What the terminal shows of one scan's findings."""
-    width = max(len(finding["abnormality"]) for finding in result["findings"])
+    """What the terminal shows of one scan: its findings, ranked."""
     lines = [f"note: {result['warning']}"] if "warning" in result else []
+    scale = "no percentile: the run has no reference.safetensors, the training scans' embeddings"
     if result["reference_scans"]:
-        lines.append(f"higher than % of the {result['reference_scans']} training scans")
-    else:
-        lines.append("no percentile: the run lacks reference.safetensors, its training scans")
+        scale = f"higher than % of the {result['reference_scans']} training scans"
+    lines.append(scale)
+    width = max(len(finding["abnormality"]) for finding in result["findings"])
     for finding in result["findings"]:
         place, bar = finding["percentile"], ""
         if place is not None:
@@ -97,100 +79,127 @@ def volume_table(result):
     return "\n".join(lines)
 
 
-# ---- pictures ------------------------------------------------------------------------------------
+def _named(level):
+    """(name, positives, values) of a level's macro means, and of its classes."""
+    macros, classes = [], []
+    for name, values in level["macro"].items():
+        macros.append((f"macro {name} ({values['classes']} of {values['of']})", "", values))
+    for name, values in level["classes"].items():
+        classes.append((name, values["positives"], values))
+    return macros, classes
 
-def png_of(figure, dpi=90):
-    """PNG bytes of a matplotlib figure."""
-    png = io.BytesIO()
-    figure.savefig(png, format="png", dpi=dpi)
-    return png.getvalue()
+
+def _counts(result):
+    return (
+        f"{result['volumes']} volumes of {result['scans']} scans of {result['patients']} patients, "
+        f"split {result['split']}; {len(result['skipped'])} skipped"
+    )
+
+
+def _percent(value):
+    return "-" if math.isnan(value) else f"{100 * value:.1f}"
+
+
+def _difference(compare):
+    low, high = (f"{100 * end:+.1f}" for end in compare["macro_difference_95"])
+    return f"{100 * compare['macro_difference']:+.1f} ({low} to {high})"
+
+
+# ---- pictures, as the bytes of a PNG
+
+def planes_png(heat, volume, title=""):
+    """Axial, coronal and sagittal plane of a Volume through the maximum of its map (X, Y, Z).
+
+    As a radiologist hangs them: the patient's right on the left, the head up.
+    """
+    x, y, z = np.unravel_index(heat.argmax(), heat.shape)
+    dx, dy, dz = volume.spacing
+    planes = (  # where to cut, height / width of a voxel, the maximum, where row 0 is
+        (np.s_[:, :, z], dy / dx, (x, y), "upper"),
+        (np.s_[:, y], dz / dx, (x, z), "lower"),
+        (np.s_[x], dz / dy, (y, z), "lower"),
+    )
+    figure = Figure(figsize=(9, 3.1), facecolor="black")
+    for axes, (cut, aspect, maximum, origin) in zip(figure.subplots(1, 3), planes):
+        hu, plane, view = volume.hu[cut].T, heat[cut].T, {"aspect": aspect, "origin": origin}
+        axes.imshow(hu, cmap="gray", vmin=-1000, vmax=400, **view)
+        axes.imshow(plane, cmap="inferno", vmin=0, vmax=1, alpha=0.6 * plane, **view)
+        axes.plot(*maximum, "+", color="cyan", markersize=12)
+        axes.axis("off")
+    figure.subplots_adjust(0.005, 0.005, 0.995, 0.9 if title else 0.995, 0.01)
+    figure.suptitle(title, color="white", fontsize=10)
+    return _png(figure, 90)
+
+
+def roc_png(scores, labels, classes, columns=6):
+    """The ROC curves of scores (N, C), labels (N, C): one small plot a class that has one."""
+    values = auroc(scores, labels)
+    known = np.flatnonzero(~np.isnan(values))
+    lines = math.ceil(len(known) / columns)
+    figure = Figure(figsize=(11, 2.2 * lines), layout="constrained")
+    ends = {"xticks": [0, 1], "yticks": [0, 1], "aspect": "equal"}
+    for place, c in enumerate(known, 1):
+        axes = figure.add_subplot(lines, columns, place, **ends)
+        axes.plot([0, 1], "--", color=GREY)
+        axes.plot(*roc_curve(scores[:, c], labels[:, c]), color=BLUE)
+        title = f"{fill(classes[c], 22)}\n{_percent(values[c])}"
+        axes.set_title(title, fontsize=9, parse_math=False)
+    figure.supxlabel("1 - specificity", fontsize=9)
+    figure.supylabel("sensitivity", fontsize=9)
+    return _png(figure, 100)
+
+
+def gap_png(planes):
+    """Volumes and texts, each (N, 2), in a plane before the bank and in one after it."""
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    titles = ("before the bank: v, t", "after the bank: v_hat, t_hat")
+    for axes, title, sides in zip(figure.subplots(1, 2), titles, planes.values()):
+        for points, colour, name in zip(sides, (BLUE, ORANGE), ("volumes", "texts")):
+            axes.scatter(*np.transpose(points), s=9, alpha=0.6, color=colour, label=name)
+        axes.set_title(title, fontsize=10)
+        axes.set_aspect("equal", "datalim")
+        axes.legend(frameon=False)
+    return _png(figure, 100)
+
+
+def _png(figure, dpi):
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=dpi)
+    return content.getvalue()
+
+
+# ---- pieces of HTML
+
+def page(title, *parts):
+    """One self-contained HTML page."""
+    title = escape(title)
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width,initial-scale=1">'
+        f"<title>{title}</title><style>{STYLE.read_text()}</style></head>"
+        f"<body><h1>{title}</h1>{''.join(parts)}</body></html>\n"
+    )
+
+
+def html_table(head, lines, macros=0):
+    """A table whose cells are HTML; its first lines, as many as `macros`, are set apart."""
+    head = "".join(f"<th>{cell}</th>" for cell in head)
+    body = ""
+    for i, line in enumerate(lines):
+        cells = "".join(f"<td>{cell}</td>" for cell in line)
+        body += f"<tr{' class=macro' if i < macros else ''}>{cells}</tr>"
+    table = f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody>"
+    return f"<div class=wide><table>{table}</table></div>"
 
 
 def heat_figure(png, caption, alt="heat map"):
     """A figure with an embedded PNG; the caption is HTML."""
     source = f"data:image/png;base64,{base64.b64encode(png).decode()}"
-    caption = f"<figcaption>{caption}</figcaption>"
-    return f'<figure><img alt="{alt}" src="{source}">{caption}</figure>'
+    return f'<figure><img alt="{alt}" src="{source}"><figcaption>{caption}</figcaption></figure>'
 
 
-def planes_png(heat, volume, title=""):
-    """PNG: the three planes of a Volume through the maximum of its map (X, Y, Z), over the scan.
-
-    Axial, coronal and sagittal, as a radiologist hangs them.
-    """
-    x, y, z = np.unravel_index(heat.argmax(), heat.shape)
-    hu, (dx, dy, dz) = volume.hu, volume.spacing
-    planes = [
-        (hu[:, :, z], heat[:, :, z], dy / dx, (x, y), "upper"),
-        (hu[:, y], heat[:, y], dz / dx, (x, z), "lower"),
-        (hu[x], heat[x], dz / dy, (y, z), "lower"),
-    ]
-    figure = Figure(figsize=(9, 3.1), facecolor="black")
-    for axes, (scan, hot, aspect, peak, origin) in zip(figure.subplots(1, 3), planes):
-        place = dict(aspect=aspect, origin=origin)
-        axes.imshow(scan.T, cmap="gray", vmin=-1000, vmax=400, **place)
-        axes.imshow(hot.T, cmap="inferno", vmin=0, vmax=1, alpha=0.6 * hot.T, **place)
-        axes.plot(*peak, "+", color="cyan", markersize=12)
-        axes.axis("off")
-    figure.subplots_adjust(0.005, 0.005, 0.995, 0.9 if title else 0.995, 0.01)
-    figure.suptitle(title, color="white", fontsize=10)
-    return png_of(figure)
-
-
-def roc_png(scores, labels, classes, areas):
-    """PNG: the ROC curve of each class that has one, as small multiples."""
-    shown = [c for c in range(len(classes)) if not math.isnan(areas[c])]
-    lines = max(1, math.ceil(len(shown) / 7))
-    figure = Figure(figsize=(13, 2.05 * lines), layout="constrained")
-    panels = figure.subplots(lines, 7, squeeze=False).flat
-    for axes in panels:
-        axes.set(xticks=[], yticks=[], aspect="equal")
-        axes.axis("off")
-    for axes, c in zip(figure.axes, shown):
-        axes.axis("on")
-        axes.plot([0, 1], [0, 1], "--", color="#c5ccd5", linewidth=1)
-        axes.plot(*roc_curve(scores[:, c], labels[:, c]), color=BLUE)
-        axes.set_title(f"{classes[c]}\n{percent(areas[c])}", fontsize=8)
-    return png_of(figure)
-
-
-def gap_png(pictures):
-    """PNG: volumes and texts in the plane, before and after the bank."""
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    titles = {"before": "before the bank (v, t)", "after": "after it (v_hat, t_hat)"}
-    for axes, (when, title) in zip(figure.subplots(1, 2), titles.items()):
-        for points, colour, label in zip(pictures[when], (BLUE, ORANGE), ("volumes", "texts")):
-            x, y = np.transpose(points)
-            axes.scatter(x, y, s=9, c=colour, alpha=0.55, linewidths=0, label=label)
-        axes.set(xticks=[], yticks=[], aspect="equal", adjustable="datalim", title=title)
-    figure.axes[0].legend(frameon=False)
-    return png_of(figure)
-
-
-# ---- pages: one file each, without network, scripts or other files -------------------------------
-
-def page(title, *parts):
-    """One self-contained HTML page."""
-    title = escape(title)
-    viewport = '<meta name="viewport" content="width=device-width,initial-scale=1">'
-    head = f'<meta charset="utf-8">{viewport}<title>{title}</title><style>{STYLE}</style>'
-    body = f"<h1>{title}</h1>{''.join(parts)}"
-    return f'<!doctype html><html lang="en"><head>{head}</head><body>{body}</body></html>\n'
-
-
-def html_table(head, lines, macro=0):
-    """Cells are HTML; the first `macro` lines are set apart."""
-    cells = "".join(f"<th>{cell}</th>" for cell in head)
-    body = ""
-    for i, line in enumerate(lines):
-        body += "<tr class=macro>" if i < macro else "<tr>"
-        body += "".join(f"<td>{cell}</td>" for cell in line) + "</tr>"
-    table = f"<table><thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table>"
-    return f"<div class=wide>{table}</div>"
-
-
-def bar(value, ends, probe=math.nan):
-    """A value from 0 to 1 as a mark on a line, its interval as a bar, another value in orange."""
+def _bar(value, ends, probe=math.nan):
+    """A bar from 0 to 1: a pale interval, a mark at the value, another at the probe's."""
     if math.isnan(value):
         return ""
     low, high = (100 * end for end in ends)
@@ -201,195 +210,215 @@ def bar(value, ends, probe=math.nan):
     return f"<span class=bar>{marks}</span>"
 
 
-def metrics_table(result):
-    """The volume level's macro means and classes, AUROC as bars with their intervals."""
-    has_probe, volume = "probe" in result, result["volume"]
-    keys = ("auprc", "f1", "f1_weighted", "accuracy", "precision", "recall", "specificity")
-    head = ["", "positive", "AUROC", "95 % interval", "0 <small>(chance ½)</small> 1"]
-    head += (["linear probe"] if has_probe else []) + list(keys)
-    named = [(macro_name(name, values), "", values) for name, values in volume["macro"].items()]
-    for name, values in volume["classes"].items():
-        named.append((name, values["positives"], values))
-    lines = []
-    for name, count, values in named:
-        probe, ends = values.get("probe_auroc", math.nan), values["auroc_95"]
-        line = [escape(name), count, f"<b>{percent(values['auroc'])}</b>"]
-        line += ["–".join(map(percent, ends)), bar(values["auroc"], ends, probe)]
-        line += [percent(probe)] if has_probe else []
-        lines.append(line + [percent(values[key]) for key in keys])
-    return html_table(head, lines, macro=len(volume["macro"]))
+def _words(key):
+    return key.replace("_", " ")
 
 
-def report_page(result, scores, labels, classes, rows, study=None):
-    """report.html of an evaluation; the heat maps of the most wrong scans need the study's model."""
-    parts, skipped = [], f"{len(result['skipped'])} volumes skipped"
+# ---- the page of an evaluation
+
+def report_page(result, scores, labels, rows, study=None):
+    """report.html of an evaluation: scores, labels (N, C) of the rows; with a study, heat maps."""
+    parts = [f"<p>{escape(_counts(result))}.</p>"]
     if result.get("trained_on") == "phantom":
-        parts.append(f"<p class=note>Note: {PHANTOM_WARNING}.</p>")
-    parts.append(f"<p>{counts(result)}, split {escape(result['split'])}; {skipped}.</p>")
+        parts.insert(0, f"<p class=note>Note: {PHANTOM_WARNING}.</p>")
     if "volume" in result:
-        parts += [headline(result), "<h2>Zero-shot diagnosis</h2>", metrics_table(result)]
-        parts.append(explanation(result))
-        areas = [values["auroc"] for values in result["volume"]["classes"].values()]
-        picture = roc_png(scores, labels, classes, areas)
-        parts += ["<h2>ROC curves</h2>", heat_figure(picture, "AUROC in per cent", "ROC curves")]
-    for section in (comparison_section, retrieval_section, gap_section, bank_section):
-        parts.append(section(result))
-    parts.append(pointing_section(result))
-    if study and "volume" in result:
-        parts += ["<h2>Most wrong</h2><div class=pair>"]
-        parts += wrong_figures(scores, labels, classes, rows, study) + ["</div>"]
-    parts.append("<h2>What was evaluated</h2><dl>")
-    for key in ("run", "model_sha256", "manifest", "manifest_sha256", "benchmark",
-                "prompts_sha256", "pairs", "threshold"):
+        parts += [_headline(result), _diagnosis(result)]
+        if result["volume"]["macro"]:
+            curves = roc_png(scores, labels, list(result["volume"]["classes"]))
+            caption = "Dashed: chance. Above each curve: its AUROC in per cent."
+            parts.append(f"<h2>ROC curves</h2>{heat_figure(curves, caption, 'ROC curves')}")
+    sections = {
+        "compare": _compare, "retrieval": _retrieval, "gap": _gap, "bank": _bank,
+        "pointing": _pointing,
+    }
+    for key, section in sections.items():
         if result.get(key):
-            value = f"<code>{escape(str(result[key]))}</code>"
-            parts.append(f"<dt>{key.replace('_', ' ')}</dt><dd>{value}</dd>")
-    return page("BrgSA: zero-shot evaluation", *parts, "</dl>")
+            parts.append(section(result))
+    if study and "volume" in result:
+        figures = "".join(wrong_figures(result, scores, labels, rows, study))
+        parts.append(f"<h2>Most wrong</h2><div class=pair>{figures}</div>")
+    return page("BrgSA: zero-shot evaluation", *parts, _about(result))
 
 
-def headline(result):
-    out = "<div class=big>"
+def _headline(result):
+    parts = []
     for name, values in result["volume"]["macro"].items():
         per_scan = result["scan"]["macro"].get(name, {}).get("auroc", math.nan)
-        low, high = map(percent, values["auroc_95"])
-        of = f"{values['classes']} of {values['of']} classes"
-        small = f"95 % interval {low} to {high}; per scan {percent(per_scan)}"
-        out += f"<div><b>{percent(values['auroc'])}</b>macro AUROC, {name}, {of}<br>"
-        out += f"<small>{small}</small></div>"
-    return out + "</div>"
+        ends = " to ".join(map(_percent, values["auroc_95"]))
+        parts.append(
+            f"<div><b>{_percent(values['auroc'])}</b>macro AUROC, {name}, "
+            f"{values['classes']} of {values['of']} classes<br>"
+            f"<small>95 % interval {ends}; per scan {_percent(per_scan)}</small></div>"
+        )
+    return f"<div class=big>{''.join(parts)}</div>"
 
 
-def explanation(result):
+def _diagnosis(result):
+    threshold = result["threshold"]
     sources = {
         "split-half": "the other half of the patients",
         "oracle": "the very labels that are scored, which flatters",
     }
-    threshold = sources.get(result["threshold"], escape(result["threshold"]))
-    probe = ""
-    if "probe" in result:
-        probe = "; orange: a linear classifier trained on the labels of other patients"
-    text = (
-        "In per cent, per volume. Bars: AUROC with its 95 % interval over 1,000 resamples of "
-        f"patients{probe}. Thresholds come from {threshold}. A class that lacks positive or "
-        "negative cases has no AUROC and is left out of the mean."
-    )
+    probe = "; orange: a linear classifier trained on the labels of other patients"
     top = result["scan"]["top_k"]
-    lines = [["per scan", *map(percent, top.values())]]
-    return f"<p class=soft>{text}</p>" + html_table(["of a scan's highest classes", *top], lines)
-
-
-def comparison_section(result):
-    if "compare" not in result:
-        return ""
-    other, lines = result["compare"], []
-    for name, c in other["classes"].items():
-        lines.append([escape(name), percent(c["auroc"]), percent(c["other"]), f"{c['p']:.2g}"])
-    test = f"Macro AUROC difference {difference(other)}; p: DeLong's test over patients."
-    head = f"<h2>Beside {escape(other['with'])}</h2><p>{test}</p>"
-    return head + html_table(["", "this", "other", "p"], lines)
-
-
-def retrieval_section(result):
-    if "retrieval" not in result:
-        return ""
-    out = "<h2>Retrieval</h2>"
-    for way, values in result["retrieval"].items():
-        line, head = [way.replace("_", " ")], ["", *(key.replace("_", " ") for key in values)]
-        for key, value in values.items():
-            is_number = key in ("median_rank", "candidates")
-            line.append(f"{value:g}" if is_number else percent(value))
-        out += html_table(head, [line])
-    right = "Volume to volume: right is another patient's volume that shares an abnormality."
-    return out + f"<p class=soft>Recall in per cent, by the scores' cosines. {right}</p>"
-
-
-def gap_section(result):
-    if "gap" not in result:
-        return ""
-    lines = []
-    for when, numbers in result["gap"].items():
-        lines.append([f"{when} the bank", *(f"{value:.2f}" for value in numbers.values())])
-    head = ["", *(key.replace("_", " ") for key in result["gap"]["before"])]
-    text = (
-        "Two principal components. Linear separability: held-out accuracy of telling volumes from "
-        "texts, 0.5 = no gap."
+    line = ["of a scan's highest classes", *map(_percent, top.values())]
+    return (
+        f"<h2>Zero-shot diagnosis</h2>{metrics_table(result)}"
+        "<p class=soft>In per cent, per volume. Bars: AUROC with its 95 % interval over 1,000 "
+        f"resamples of patients{probe if 'probe' in result else ''}. "
+        f"Thresholds come from {sources.get(threshold, escape(threshold))}. "
+        "A class that lacks positive or negative cases has no AUROC and is left out of the mean."
+        f"</p>{html_table(['per scan', *top], [line])}"
     )
-    picture = heat_figure(gap_png(result["gap_picture"]), text, "modality gap")
-    return "<h2>Modality gap</h2>" + picture + html_table(head, lines)
 
 
-def bank_section(result):
-    """What the bank's entries stand for: the most used, with the prompts nearest to them."""
-    if "bank" not in result:
-        return ""
+def metrics_table(result):
+    """The volume level's macro means and classes as HTML, AUROC as bars with their intervals."""
+    head = ["", "positive", "AUROC", "95 % interval", "0 <small>(chance ½)</small> 1"]
+    keys = ["auprc", "f1", "f1_weighted", "accuracy", "precision", "recall", "specificity"]
+    head += map(_words, keys)
+    if "probe" in result:
+        head.insert(5, "linear probe")
+        keys.insert(0, "probe_auroc")
+    macros, classes = _named(result["volume"])
+    lines = []
+    for name, positives, values in macros + classes:
+        ends = values["auroc_95"]
+        bar = _bar(values["auroc"], ends, values.get("probe_auroc", math.nan))
+        interval = "–".join(map(_percent, ends))
+        line = [escape(name), positives, f"<b>{_percent(values['auroc'])}</b>", interval, bar]
+        lines.append(line + [_percent(values[key]) for key in keys])
+    return html_table(head, lines, len(macros))
+
+
+def _compare(result):
+    other, lines = result["compare"], []
+    for name, values in other["classes"].items():
+        aurocs = _percent(values["auroc"]), _percent(values["other"])
+        lines.append([escape(name), *aurocs, f"{values['p']:.2g}"])
+    return (
+        f"<h2>Beside {escape(other['with'])}</h2>"
+        f"<p>Macro AUROC difference, with its 95 % interval: {_difference(other)}; "
+        f"p: DeLong's test over patients.</p>{html_table(['', 'this', 'other', 'p'], lines)}"
+    )
+
+
+def _retrieval(result):
+    tables = {}
+    for way, values in result["retrieval"].items():
+        line = [_words(way)]
+        for key, value in values.items():
+            count = key in ("median_rank", "candidates")
+            line.append(f"{value:g}" if count else _percent(value))
+        tables.setdefault(tuple(map(_words, values)), []).append(line)
+    tables = [html_table(["", *head], lines) for head, lines in tables.items()]
+    return (
+        f"<h2>Retrieval</h2>{''.join(tables)}<p class=soft>Recall in per cent, by the same cosines "
+        "as the scores. Volume to volume: right is another patient's volume that shares an "
+        "abnormality.</p>"
+    )
+
+
+def _gap(result):
+    lines = []
+    for when, values in result["gap"].items():
+        lines.append([f"{when} the bank", *(f"{value:.2f}" for value in values.values())])
+    head = ["", *map(_words, result["gap"]["before"])]
+    caption = "Embeddings in the plane of their two first principal components."
+    points = heat_figure(gap_png(result["gap_picture"]), caption, "volumes and texts in the plane")
+    return (
+        f"<h2>Modality gap</h2>{points}{html_table(head, lines)}<p class=soft>Separability: "
+        "held-out accuracy of telling volumes from texts, 0.5 = no gap.</p>"
+    )
+
+
+def _bank(result):
     bank, lines = result["bank"], []
     for entry in bank["most_used"]:
-        prompts = [f"{escape(text)} ({cosine:.2f})" for text, cosine in entry["prompts"]]
-        lines.append([entry["entry"], percent(entry["share"]), ", ".join(prompts)])
-    use = (
-        f"Of {bank['size']} entries, {bank['perplexity']:.0f} are in use over all volumes "
-        f"(perplexity), {bank['perplexity_of_one']:.0f} for a single one."
+        nearest = []
+        for prompt, cosine in entry["prompts"]:
+            nearest.append(f"{escape(prompt.removeprefix('There is '))} ({cosine:.2f})")
+        lines.append([entry["entry"], _percent(entry["share"]), ", ".join(nearest)])
+    return (
+        "<h2>What the bank's entries stand for</h2><p>All volumes together use "
+        f"{bank['perplexity']:.1f} of the {bank['size']} entries (perplexity), a single one "
+        f"{bank['perplexity_of_one']:.1f} on average; {bank['dead']} entries get less than a tenth "
+        "of an equal share. The ten most used:</p><div class=text>"
+        + html_table(["entry", "share, %", "nearest prompts (cosine)"], lines) + "</div>"
     )
-    head = ["entry", "share, %", "nearest prompts (cosine)"]
-    return f"<h2>What the bank's entries stand for</h2><p>{use}</p>" + html_table(head, lines)
 
 
-def pointing_section(result):
-    if not result.get("pointing"):
-        return ""
+def _pointing(result):
     lines = []
-    for name, p in result["pointing"].items():
-        shares = [percent(p[key]) for key in ("hit", "chance", "elsewhere")]
-        lines.append([escape(name), p["volumes"], *shares])
-    text = "How often, in per cent, a map's maximum lies within one patch of the drawn lesion."
-    head = ["", "volumes", "this volume's map", "chance", "another volume's map"]
-    return f"<h2>Do heat maps point?</h2><p>{text}</p>" + html_table(head, lines)
+    for name, values in result["pointing"].items():
+        shares = [_percent(values[key]) for key in ("hit", "chance", "elsewhere")]
+        lines.append([escape(name), values["volumes"], *shares])
+    return (
+        "<h2>Do heat maps point?</h2><p>How often, in per cent, a map's maximum lies within one "
+        "patch of the drawn lesion.</p>" + html_table(
+            ["", "volumes", "this volume's map", "chance", "another volume's map"], lines)
+    )
 
 
-def most_wrong(scores, labels, classes, rows, n=3):
-    """The n worst misses and n worst false alarms, one a class and scan.
+def _about(result):
+    keys = ("run", "model_sha256", "manifest", "manifest_sha256", "benchmark", "prompts_sha256",
+            "pairs", "threshold")
+    parts = []
+    for key in keys:
+        if result.get(key):
+            value = escape(str(result[key]))
+            parts.append(f"<dt>{_words(key)}</dt><dd><code>{value}</code></dd>")
+    return f"<h2>What was evaluated</h2><dl>{''.join(parts)}</dl>"
 
-    A list of (row number, class number, share of the opposite cases ranked wrong). Classes that the
-    model knows count more (times AUROC): an error of a class at chance says nothing.
+
+# ---- the most wrong scans, each with the map of what was missed or seen
+
+def wrong_figures(result, scores, labels, rows, study):
+    """A figure (HTML) of each of the most wrong scans, with a heat map of the abnormality."""
+    classes = list(result["volume"]["classes"])
+    for i, c, share in most_wrong(scores, labels, rows):
+        volume = rows[i].read()
+        texts = study.prompts[classes[c]]["positive"]
+        grid = heatmap(study.model, study.cache.read(rows[i]), texts, pairs=study.pairs)
+        png = planes_png(to_scan(grid, volume, study.model.config), volume)
+        if labels[i, c]:
+            what = f"missed: scored below {_percent(share)} % of the scans without it"
+        else:
+            what = f"false alarm: scored above {_percent(share)} % of the scans with it"
+        name, scan = escape(classes[c]), escape(rows[i].name)
+        yield heat_figure(png, f"<b>{name}</b>, {what}<br><code>{scan}</code>")
+
+
+def most_wrong(scores, labels, rows, n=3):
+    """The n worst misses, then the n worst false alarms: (row number, class number, share wrong).
+
+    Wrong is the share of the opposite cases that are ranked on the wrong side. At most one miss and
+    one false alarm a class, and one of all a scan. An error weighs as much as the class's AUROC:
+    one of a class at chance says nothing.
     """
-    areas, cases = auroc(scores, labels), {1: [], 0: []}
-    for c in np.flatnonzero(~np.isnan(areas)):
-        places = placements(scores[:, c], labels[:, c] == 1, labels[:, c] == 0)
-        for truth, place in zip((1, 0), places):
-            worst = np.argmin(place)
-            row, wrong = np.flatnonzero(labels[:, c] == truth)[worst], 1 - place[worst]
-            cases[truth].append((areas[c] * wrong, row, c, wrong))
+    values, misses, alarms = auroc(scores, labels), [], []
+    for c in np.flatnonzero(~np.isnan(values)):
+        positive, negative = labels[:, c] == 1, labels[:, c] == 0
+        right = placements(scores[:, c], positive, negative)
+        for cases, members, shares in zip((misses, alarms), (positive, negative), right):
+            worst = np.argmin(shares)
+            wrong = 1 - shares[worst]
+            cases.append((values[c] * wrong, np.flatnonzero(members)[worst], c, wrong))
     chosen, scans = [], set()
-    for truth in (1, 0):
-        left = n
-        for _, row, c, wrong in sorted(cases[truth], reverse=True):
-            if left and rows[row].scan not in scans:
-                scans.add(rows[row].scan)
-                chosen.append((row, c, wrong))
-                left -= 1
+    for cases in (misses, alarms):
+        most = len(chosen) + n
+        for _, i, c, wrong in sorted(cases, reverse=True):
+            if len(chosen) < most and rows[i].scan not in scans:
+                scans.add(rows[i].scan)
+                chosen.append((i, c, wrong))
     return chosen
 
 
-def wrong_figures(scores, labels, classes, rows, study):
-    """The most wrong scans, each with the heat map of the abnormality that was missed or seen."""
-    figures = []
-    for i, c, wrong in most_wrong(scores, labels, classes, rows):
-        prompts = study.asked[classes[c]]["positive"]
-        grid = heatmap(study.model, study.cache.read(rows[i]), prompts, pairs=study.pairs)
-        volume = rows[i].read()
-        if labels[i, c]:
-            kind = f"missed: scored below {percent(wrong)} % of the scans without it"
-        else:
-            kind = f"false alarm: scored above {percent(wrong)} % of the scans with it"
-        name = f"<br><code>{escape(rows[i].name)}</code>"
-        png = planes_png(to_scan(grid, volume, study.model.config), volume)
-        figures.append(heat_figure(png, f"<b>{escape(classes[c])}</b>, {kind}{name}"))
-    return figures
+# ---- the page of one scan
 
-
-def volume_page(result, figures=()):
-    """report.html of one scan: the ranked findings and the heat maps' figures."""
-    parts, lines = [], []
+def volume_page(result, pngs=()):
+    """report.html of one scan: the findings, ranked, and the heat maps of the first of them."""
+    parts, lines, figures = [], [], []
     if "warning" in result:
         parts.append(f"<p class=note>Note: {result['warning']}.</p>")
     ranked = "No percentile: the run lacks its training scans."
@@ -397,12 +426,18 @@ def volume_page(result, figures=()):
         scans = f"{result['reference_scans']} training scans"
         ranked = f"Findings ranked by their place among the scores of {scans}."
     for finding in result["findings"]:
-        place, line = finding["percentile"], [escape(finding["abnormality"]), "–", ""]
-        if place is not None:
-            line[1:] = [f"{place:.0f}", bar(place / 100, [0, place / 100])]
-        lines.append([*line, f"{finding['score']:+.3f}"])
-    parts.append(f"<p>{ranked} A research tool, not a medical device.</p>")
-    parts.append(html_table(["", "higher than %", "", "score"], lines))
-    parts += ["<h2>Where</h2><div class=pair>", *figures, "</div>"]
-    parts.append(f"<h2>Model</h2><p><code>{escape(result['model'])}</code></p>")
+        place, bar = "–", ""
+        if finding["percentile"] is not None:
+            share = finding["percentile"] / 100
+            place, bar = f"{finding['percentile']:.0f}", _bar(share, [0, share])
+        name = escape(finding["abnormality"])
+        lines.append([name, place, bar, f"{finding['score']:+.3f}"])
+    for finding, png in zip(result["findings"], pngs):
+        figures.append(heat_figure(png, escape(finding["heatmap"])))
+    parts += [
+        f"<p>{ranked} A research tool, not a medical device.</p>",
+        html_table(["", "higher than %", "", "score"], lines),
+        f"<h2>Where</h2><div class=pair>{''.join(figures)}</div>",
+        f"<h2>Model</h2><p><code>{escape(result['model'])}</code></p>",
+    ]
     return page(f"BrgSA: {Path(result['volume']).name}", *parts)
