@@ -412,7 +412,7 @@ def main(argv=None):
     option = add(bench_evaluate, "--sets 200")
     option("--sets", type=int, default=1000, help="simulated data sets for the intervals")
     option = add(bench_summarize, "--small")
-    option("--checkpoint", default=train.SUMMARIZER, help="the small summarizer's folder")
+    option("--checkpoint", default=summarize.SMALL_CHECKPOINT, help="the small summarizer's folder")
     option("--small", action="store_true", help="the small summarizer alone")
     option("--pairs", help=argparse.SUPPRESS)
     add(bench_attention)

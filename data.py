@@ -436,46 +436,48 @@ def ct_rate_manifest(root, split, release=None):
     if release == 1:
         columns = ("RescaleSlope", "RescaleIntercept", "XYSpacing", "ZSpacing")
         metadata = _index(_find(root, f"{long_split}_metadata.csv"), *columns)
-    labels = [(CT_RATE, _index(_find(root, f"{split}_predicted_labels.csv"), *CT_RATE))]
-    rare = _find_by_header(root, CT_RATE_LT)
-    if rare:
-        labels.append((CT_RATE_LT, _index(rare, *CT_RATE_LT)))
+    labels = _ct_rate_labels(root, split)
     excluded = _without_chest(root, split)
 
     rows = []
     for volume, report in reports.items():
-        name = volume.removesuffix(".nii.gz")
-        if volume in excluded or name in excluded:
+        if volume in excluded or volume.removesuffix(".nii.gz") in excluded:
             continue
-        match = re.fullmatch(r"((\w+?_\d+)_[a-z]+)_\d+\.nii\.gz", volume)
-        if not match:
-            form = "CT-RATE's are named like valid_1_a_1.nii.gz"
-            raise ValueError(f"{root}: the reports name a volume '{volume}'; {form}")
-        scan, patient = match.groups()
         about = {}
         if metadata is not None:
-            about = metadata.get(volume)
-            if about is None:
+            if volume not in metadata:
                 lack = f"has no row for {volume}, without which its HU are unknown"
                 raise ValueError(f"{root}: the metadata {lack}")
-        known = {}
-        for names, table in labels:
-            if volume in table:
-                known |= {name: _label(table[volume][name], volume, name) for name in names}
-        z = _number(about.get("ZSpacing"), volume, "ZSpacing")
-        rows.append(Row(
-            name=name,
-            path=volumes / patient / scan / volume,
-            split=split,
-            patient=patient,
-            scan=scan,
-            report=_report_text(report),
-            slope=_number(about.get("RescaleSlope"), volume, "slope"),
-            intercept=_number(about.get("RescaleIntercept"), volume, "intercept"),
-            spacing=(*_xy_spacing(about.get("XYSpacing"), volume), z),
-            labels=known,
-        ))
+            about = metadata[volume]
+        text, known = _report_text(report), labels.get(volume, {})
+        rows.append(_ct_rate_row(volume, volumes, split, text, about, known))
     return rows
+
+
+def _ct_rate_labels(root, split):
+    """{volume: labels} of CT-RATE's classes, and of CT-RATE-LT's where its file is there."""
+    common, rare = _find(root, f"{split}_predicted_labels.csv"), _find_by_header(root, CT_RATE_LT)
+    labels = {}
+    for file, names in ((common, CT_RATE), (rare, CT_RATE_LT)):
+        for volume, line in _index(file, *names).items() if file else ():
+            known = {name: _label(line[name], volume, name) for name in names}
+            labels.setdefault(volume, {}).update(known)
+    return labels
+
+
+def _ct_rate_row(volume, folder, split, report, about, labels):
+    """The Row of a volume such as valid_1_a_1.nii.gz; about: its line of the metadata."""
+    match = re.fullmatch(r"((\w+?_\d+)_[a-z]+)_\d+\.nii\.gz", volume)
+    if not match:
+        form = "CT-RATE's are named like valid_1_a_1.nii.gz"
+        raise ValueError(f"{folder}: the reports name a volume '{volume}'; {form}")
+    scan, patient = match.groups()
+    slope = _number(about.get("RescaleSlope"), volume, "slope")
+    intercept = _number(about.get("RescaleIntercept"), volume, "intercept")
+    z = _number(about.get("ZSpacing"), volume, "ZSpacing")
+    spacing = (*_xy_spacing(about.get("XYSpacing"), volume), z)
+    name, path = volume.removesuffix(".nii.gz"), folder / patient / scan / volume
+    return Row(name, path, split, patient, scan, report, slope, intercept, spacing, labels)
 
 
 def rad_chestct_manifest(root, split):
@@ -786,7 +788,8 @@ def _manifest_command(a):
     else:
         rows = rad_chestct_manifest(a.root, a.split)
     write_manifest(rows, a.out)
-    scans, patients = len({row.scan for row in rows}), len({row.patient for row in rows})
+    scans = len({row.scan for row in rows})
+    patients = len({row.patient for row in rows})
     absent = sum(not row.path.exists() for row in rows)
     lacking = f"; {absent} volumes are not on this disk" if absent else ""
     print(f"{a.out}: {len(rows)} volumes of {scans} scans of {patients} patients{lacking}")

@@ -218,6 +218,7 @@ def new_checkpoint(out, texts, vocab, width, layers, heads, seed, reads):
 
 
 def as_json(value):
+    """Bytes of a JSON file."""
     return (json.dumps(value, indent=1) + "\n").encode()
 
 

@@ -24,9 +24,17 @@ from tqdm import tqdm
 import data
 import metrics
 import report
-from cmki import bank_usage, nearest_prompts
 from heatmap import heatmap, pointing, to_scan, write_heatmap
-from model import PAIRS, BrgSA, clean, default_device, joint_vectors, zero_shot_scores
+from model import (
+    PAIRS,
+    BrgSA,
+    bank_usage,
+    clean,
+    default_device,
+    joint_vectors,
+    nearest_prompts,
+    zero_shot_scores,
+)
 
 # ---- embeddings
 

@@ -135,8 +135,9 @@ class Config:
             "down_bias": {"mlp.down_proj.bias": (d,)},
         }
         absent = {
-            "qkv_bias": not self.qkv_bias, "qk_norm": not self.qk_norm, "out_bias": not self.out_bias,
-            "gate_up_bias": not self.mlp_bias, "down_bias": not self.mlp_bias,
+            "qkv_bias": not self.qkv_bias, "qk_norm": not self.qk_norm,
+            "out_bias": not self.out_bias, "gate_up_bias": not self.mlp_bias,
+            "down_bias": not self.mlp_bias,
         }
         return {name: parts for name, parts in table.items() if not absent.get(name)}
 

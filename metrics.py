@@ -105,10 +105,12 @@ def bootstrap(scores, labels, groups, thresholds, n=1000, seed=0):
     cells = drawn + np.arange(n)[:, None] * len(patients)
     counts = np.bincount(cells.ravel(), minlength=n * len(patients)).reshape(n, -1)
     weights = torch.from_numpy(counts.T.astype(np.float32, order="C"))              # (patients, n)
-    blocks = []
+    blocks = {key: [] for key in METRICS}
     for block in weights.split(1024, dim=1):
-        blocks.append(_weighted(scores, labels, groups, thresholds, block.contiguous()))
-    return {key: np.concatenate([block[key] for block in blocks]) for key in METRICS}
+        values = _weighted(scores, labels, groups, thresholds, block.contiguous())
+        for key in METRICS:
+            blocks[key].append(values[key])
+    return {key: np.concatenate(parts) for key, parts in blocks.items()}
 
 
 def _weighted(scores, labels, groups, thresholds, weights):
@@ -395,8 +397,8 @@ def map_at_k(v, labels, groups, ks=(1, 5, 10, 50)):
 def modality_gap(v, t):
     """How far image embeddings v (N, d) and text embeddings t (N, d), row by row, lie apart.
 
-    L2-normalised: "centroid_distance"; "linear_separability", the held-out accuracy of telling image
-    from text, 0.5 = no gap; "cosine_pairs", "cosine_nonpairs": the mean cosine of each.
+    L2-normalised: "centroid_distance"; "linear_separability", the held-out accuracy of telling
+    image from text, 0.5 = no gap; "cosine_pairs", "cosine_nonpairs": the mean cosine of each.
     """
     v, t = _unit(v, torch.float64), _unit(t, torch.float64)
     n, pairs = len(v), (v * t).sum()

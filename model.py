@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from torch import nn
 
-from cmki import KnowledgeBank
+from cmki import KnowledgeBank, bank_usage, nearest_prompts  # noqa: F401, for evaluate.py
 
 
 @dataclass
@@ -361,7 +361,8 @@ class TextEncoder(nn.Module):
         config = _read_json(directory / "config.json")
         if config.get("model_type") != "bert":
             kind = config.get("model_type")
-            raise ValueError(f"{directory / 'config.json'}: model_type is {kind!r}, a BERT is needed")
+            path = directory / "config.json"
+            raise ValueError(f"{path}: model_type is {kind!r}, a BERT is needed")
         weights = _read_weights(directory)
         weights = {name.removeprefix("bert."): tensor for name, tensor in weights.items()}
         depth = config["num_hidden_layers"]

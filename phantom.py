@@ -84,6 +84,7 @@ LINES = DATA["aorta"] | DATA["vessels"] | DATA["airways"]
 
 
 def f32(values):
+    """Values as float32."""
     return np.asarray(values, float32)
 
 
@@ -292,6 +293,7 @@ class Anatomy:
 
 
 def enlarged(lesions, name):
+    """The factor by which a lesion enlarges its organ, 1 without it."""
     return lesions[name][0]["scale"] if name in lesions else 1
 
 
@@ -382,6 +384,7 @@ class Shape(NamedTuple):
 
 
 def inside_all(*distances):
+    """Signed distance to the intersection of shapes."""
     return reduce(maximum, distances)
 
 
@@ -1178,21 +1181,25 @@ def implant(pen, radii, hu, lead, lead_hu, end=None):
 
 
 def pacemaker(pen):
+    """A large can, its lead in the right ventricle."""
     ventricle = pen.body.in_heart(array(((0, -.3, -.3), (.6, -.4, -.4))))
     implant(pen, (23, 8, 20), 3000, 1.5, 2400, ventricle)
 
 
 def port(pen):
+    """A small can, its catheter in the superior vena cava."""
     implant(pen, (12, 8, 12), 1500, 1.7, 1200)
 
 
 def venous(pen):
+    """A catheter through the neck into the superior vena cava."""
     neck = pen.body.at((-42, -12, 250), (-40, -16, 214))
     course = concatenate((neck, pen.body.line("superior_vena_cava")[8:]))
     pen.stroke(path(course, 1, 8), 1.7, 1500)
 
 
 def sternotomy(pen):
+    """Wire loops round the sternum."""
     angle = linspace(0, 2 * math.pi, 40)
     x, y = cos(angle), sin(angle)
     for z in linspace(.45, .86, pen.integers(5, 7)) * pen.body.top:
@@ -1200,6 +1207,7 @@ def sternotomy(pen):
 
 
 def valve(pen):
+    """A ring at the aortic root."""
     angle = linspace(0, 2 * math.pi, 60)
     x, y = cos(angle), sin(angle)
     pen.stroke(pen.body.aorta[0][3] + np.c_[13 * x, 5 * y, 13 * y], 2.2, 2800)
@@ -1213,12 +1221,14 @@ def hose(pen, line, wall, lumen, stripe, offset):
 
 
 def endotracheal(pen):
+    """A tube in the trachea."""
     trachea = pen.body.line("trachea")
     line = trachea[trachea[:, 2] > .8 * pen.body.top]
     hose(pen, line, (6, 350), (4, -940), (1, 1800), (5, 0, 0))
 
 
 def chest_tube(pen):
+    """A tube through the chest wall up to the apex."""
     body, a, top = pen.body, pen.body.a, pen.body.top
     outside, wall = (a + 22, 10, .38 * top), (a - 4, 25, .45 * top)
     inside, tip = (.8 * a, .55 * body.b, .6 * top), (.45 * a, .5 * body.b, .8 * top)
@@ -1227,11 +1237,13 @@ def chest_tube(pen):
 
 
 def nasogastric(pen):
+    """A tube down the esophagus into the stomach."""
     stomach = path(pen.body.at((28, 5, 36), (48, -10, 22)), 2)
     pen.stroke(concatenate((pen.body.line("esophagus"), stomach)), 2.2, 900)
 
 
 def spoken(function):
+    """A function's name in words."""
     return function.__name__.replace("_", " ")
 
 
@@ -1250,6 +1262,7 @@ ABNORMAL = (  # in the order in which they are drawn; named as in ABNORMALITIES
 # ------------------------------------------------------------------------------ one reconstruction
 # A scan has one to three: the same patient in other voxels, with other noise, in other axes.
 def patient(seed, split, index, lesions):
+    """The Anatomy of a scan's patient."""
     number, _ = patient_of(seed, split, index)
     return Anatomy(random.Random(f"anatomy {seed} {split} {number}"), lesions)
 

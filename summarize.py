@@ -19,6 +19,7 @@ import re
 import sys
 import time
 import tomllib
+from collections import Counter
 from functools import lru_cache
 from pathlib import Path
 
@@ -289,6 +290,7 @@ def merge(out):
 
 
 def as_line(record):
+    """A line of summaries.jsonl."""
     return json.dumps(record, ensure_ascii=False) + "\n"
 
 
@@ -313,30 +315,35 @@ def run(
     stamp = {"model": Path(checkpoint).resolve().name, "prompt_sha256": prompt_sha256}
 
     done = merge_on_first_rank(out, rank, world)
-    for record in done.values():
-        if any(record.get(name) != value for name, value in stamp.items()):
-            model = f"model {record.get('model')!r} or another prompt"
-            raise ValueError(f"{out}: holds summaries by {model}; give another --out or delete it")
+    check_stamps(out, done, stamp)
     todo = [sha for sha in reports if sha not in done]
     todo = sorted(todo, key=lambda sha: len(reports[sha]))[rank::world]
     if todo:
-        if device is None and torch.cuda.is_available():
-            device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-        llm = LLM.from_pretrained(checkpoint, device)
+        llm = LLM.from_pretrained(checkpoint, device or own_device())
         texts = [reports[sha] for sha in todo]
         results = answers(llm, texts, batch_size, max_new_tokens, progress and rank == 0)
         write_records(out if world == 1 else Path(f"{out}.part{rank}"), todo, results, stamp)
     records = merge_on_first_rank(out, rank, world)
     records = {sha: record for sha, record in records.items() if sha in reports}
-    return {
-        "reports": len(records),
-        "written": len(todo),
-        "failed": sum(record["abnormalities"] is None for record in records.values()),
-        "cut": sum(record.get("cut", False) for record in records.values()),
-        "empty": sum(not has_report(row) for row in rows),
-        "seconds": time.time() - start,
-        "score": score(rows, records),
-    }
+    result = {"reports": len(records), "written": len(todo), "failed": 0, "cut": 0}
+    for record in records.values():
+        result["failed"] += record["abnormalities"] is None
+        result["cut"] += record.get("cut", False)
+    result["empty"] = len(rows) - len(list(filter(has_report, rows)))
+    return result | {"seconds": time.time() - start, "score": score(rows, records)}
+
+
+def own_device():
+    """This rank's GPU, else None: as LLM.from_pretrained chooses."""
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else None
+
+
+def check_stamps(out, records, stamp):
+    """ValueError where `out` holds records of another model or prompt."""
+    for record in records.values():
+        if any(record.get(name) != value for name, value in stamp.items()):
+            model = f"model {record.get('model')!r} or another prompt"
+            raise ValueError(f"{out}: holds summaries by {model}; give another --out or delete it")
 
 
 def merge_on_first_rank(out, rank, world):
@@ -380,32 +387,27 @@ def score(rows, records):
     if not columns:
         return None
     names = [column.removeprefix("label:") for column in columns]
-    kinds = ("true_positive", "false_positive", "false_negative")
-    counts = {name: dict.fromkeys(kinds, 0) for name in names}
+    pairs = {name: Counter() for name in [*names, "micro"]}  # of (label, affirmed)
     distinct = {sha256(row["report"] or ""): row for row in reversed(rows)}  # the first row of each
     for sha, row in distinct.items():
         affirmed = records.get(sha, {}).get("abnormalities")
-        if affirmed is None:
-            continue
         for name, column in zip(names, columns):
-            label, said = row[column], name in affirmed
-            if label in ("", None):
-                continue
-            present = bool(float(label))
-            counts[name]["true_positive"] += said and present
-            counts[name]["false_positive"] += said and not present
-            counts[name]["false_negative"] += present and not said
-    micro = dict.fromkeys(kinds, 0)
-    for count in counts.values():
-        for kind in kinds:
-            micro[kind] += count[kind]
-    counts["micro"] = micro
-    for count in counts.values():
-        tp, fp, fn = (count[kind] for kind in kinds)
-        count["precision"] = tp / (tp + fp) if tp + fp else None
-        count["recall"] = tp / (tp + fn) if tp + fn else None
-        count["f1"] = 2 * tp / (2 * tp + fp + fn) if tp + fp + fn else None
-    return counts
+            if affirmed is not None and row[column] not in ("", None):
+                pair = bool(float(row[column])), name in affirmed
+                pairs[name][pair] += 1
+                pairs["micro"][pair] += 1
+    return {name: ratios(count) for name, count in pairs.items()}
+
+
+def ratios(count):
+    """Counts of (label, affirmed) -> the same by their names, with precision, recall and F1."""
+    tp, fp, fn = count[True, True], count[False, True], count[True, False]
+    return {
+        "true_positive": tp, "false_positive": fp, "false_negative": fn,
+        "precision": tp / (tp + fp) if tp + fp else None,
+        "recall": tp / (tp + fn) if tp + fn else None,
+        "f1": 2 * tp / (2 * tp + fp + fn) if tp + fp + fn else None,
+    }
 
 
 def format_score(table):

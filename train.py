@@ -152,7 +152,8 @@ def training_rows(rows, holdout):
 
     Whole patients are held back, chosen by their names' hash.
     """
-    rows = [row for row in rows if row.split == "train"] or [row for row in rows if not row.split]
+    split = "train" if any(row.split == "train" for row in rows) else ""
+    rows = [row for row in rows if row.split == split]
     if not rows:
         raise ValueError("the manifest has no row of split train, nor one without a split")
     patients = {row.patient for row in rows}
@@ -187,6 +188,7 @@ class BatchKeys:
 
 
 def collate(pairs):
+    """Pairs (volume, text) -> volumes (B, 1, x, y, z), list of texts."""
     volumes, texts = zip(*pairs)
     return torch.stack(volumes), list(texts)
 
@@ -335,14 +337,7 @@ def set_up(settings, rank, world):
     summaries = data.read_summaries(settings.summaries) if settings.summaries else {}
     cache = data.Cache.for_config(cache_folder(settings), config)
 
-    # Volumes: prepared by rank 0; those that can't be read are left out.
-    rows, held_out = training_rows(data.read_manifest(settings.manifest), settings.holdout)
-    if rank == 0:
-        data.prepare(rows + held_out, cache)
-    if world > 1:
-        dist.barrier()
-    rows = [row for row in rows if cache.holds(row)]
-    held_out = [row for row in held_out if cache.holds(row) and row.report]
+    rows, held_out = prepared_rows(settings, cache, rank, world)
     pairs = data.ReportVolumes(rows, cache, summaries, config.crop, seed=settings.seed)
     if min(settings.batch, len(pairs)) // world * world < 2:
         raise ValueError(
@@ -374,7 +369,19 @@ def set_up(settings, rank, world):
     return run
 
 
+def prepared_rows(settings, cache, rank, world):
+    """(rows to train on, rows held back) that are in the cache, which rank 0 fills."""
+    rows, held_out = training_rows(data.read_manifest(settings.manifest), settings.holdout)
+    if rank == 0:
+        data.prepare(rows + held_out, cache)
+    if world > 1:
+        dist.barrier()
+    rows = [row for row in rows if cache.holds(row)]
+    return rows, [row for row in held_out if cache.holds(row) and row.report]
+
+
 def cache_folder(settings):
+    """Where the prepared volumes lie."""
     return settings.cache or Path(settings.manifest).parent / "cache"
 
 
@@ -421,16 +428,9 @@ def train(settings):
     """Train as settings say, in settings.out; True when the last step was made, else stopped."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     run = set_up(settings, rank, world)
-    if rank == 0:
-        record = json.dumps(asdict(settings), indent=1)
-        data.write_atomically(run.out / "state" / "settings.json", record.encode())
-    log = Log(run.out / "log.jsonl", run.progress["step"]) if rank == 0 else None
+    log = start_log(run) if rank == 0 else None
     loader, per_epoch, steps = batches(run, world)
-    parallel = run.model
-    if world > 1:
-        devices = [run.device] if run.device.type == "cuda" else None
-        parallel = torch.nn.parallel.DistributedDataParallel(run.model, device_ids=devices)
-
+    parallel = in_parallel(run) if world > 1 else run.model
     signals, sums, saved_at = stop_at_signal(), {}, time.monotonic()
     first = run.progress["step"]
     bar = tqdm(range(first, steps), "train", steps, initial=first, unit="step", disable=rank > 0)
@@ -443,21 +443,32 @@ def train(settings):
         # every tenth step: the mean of the losses since the last
         last = step + 1 == steps
         if (step + 1) % 10 == 0 or last:
-            n = ((step % 10) + 1) * settings.accumulate
-            means = {name: float(value) / n for name, value in sums.items()}
-            report_step(run, log, bar, lr, means)
+            report_step(run, log, bar, lr, sums, n=((step % 10) + 1) * settings.accumulate)
             sums = {}
 
         # every epoch: validate, keep the best model; then and now and then: save all
-        epoch_ends = (step + 1) % per_epoch == 0
-        if epoch_ends or last:
+        epoch_ends = last or (step + 1) % per_epoch == 0
+        if epoch_ends:
             end_epoch(run, log, lr, (step + 1) / per_epoch)
-        if rank == 0 and (epoch_ends or last or signals or time.monotonic() - saved_at > 900):
+        if epoch_ends or signals or time.monotonic() - saved_at > 900:
             save_state(run)
             saved_at = time.monotonic()
         if signals:
             return False
     return True
+
+
+def start_log(run):
+    """The run's log; its settings are written beside it."""
+    record = json.dumps(asdict(run.settings), indent=1)
+    data.write_atomically(run.out / "state" / "settings.json", record.encode())
+    return Log(run.out / "log.jsonl", run.progress["step"])
+
+
+def in_parallel(run):
+    """The model on several GPUs (or processes): each takes its part of a batch."""
+    devices = [run.device] if run.device.type == "cuda" else None
+    return torch.nn.parallel.DistributedDataParallel(run.model, device_ids=devices)
 
 
 def batches(run, world):
@@ -497,9 +508,10 @@ def training_step(run, parallel, loader, lr, sums):
     run.optimizer.zero_grad(set_to_none=True)
 
 
-def report_step(run, log, bar, lr, means):
-    """Show and log the mean losses; a loss that isn't finite ends the run."""
+def report_step(run, log, bar, lr, sums, n):
+    """Show and log the losses' means over n batches; a loss that isn't finite ends the run."""
     step, best = run.progress["step"], run.progress["best"]
+    means = {name: float(value) / n for name, value in sums.items()}
     if not math.isfinite(means["total"]):
         raise ValueError(
             f"{run.out}: the loss is {means['total']} at step {step}; a smaller --lr may help, "
@@ -582,7 +594,9 @@ def stop_at_signal():
 # ---- 6. Saved state, log and curves --------------------------------------------------------------
 
 def save_state(run):
-    """The last model, the optimiser and the progress (JSON) in one safetensors file, atomically."""
+    """Rank 0: the last model, the optimiser and the progress (JSON) in one safetensors file."""
+    if run.rank > 0:
+        return
     tensors = {f"model.{name}": tensor for name, tensor in run.model.state_dict().items()}
     for i, state in run.optimizer.state_dict()["state"].items():
         for name, value in state.items():

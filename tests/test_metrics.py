@@ -1,4 +1,6 @@
-"""The numbers: metrics, intervals, tests, thresholds, retrieval and the modality gap, against scikit-learn and plain definitions."""
+"""The numbers: metrics, intervals, tests, thresholds, retrieval and the modality gap, against
+scikit-learn and plain definitions."""
+
 import math
 import time
 import warnings
@@ -10,7 +12,10 @@ import metrics
 
 
 def cases(seed=0, n=120, c=7):
-    """Random scores with many ties and labels with unknowns; column 1 has no positive, 2 no negative, 3 a constant score, 4 no label."""
+    """Random scores with many ties, labels with unknowns.
+
+    Column 1 has no positive, 2 no negative, 3 a constant score, 4 no label.
+    """
     rng = np.random.default_rng(seed)
     labels = (rng.random((n, c)) < 0.3).astype(float)
     scores = np.round(rng.normal(size=(n, c)) + labels, 1)
@@ -45,10 +50,15 @@ def by_scikit_learn(scores, labels, thresholds):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_every_metric_equals_scikit_learn_with_ties_unknown_labels_constant_scores_and_one_class_columns(seed):
+def test_every_metric_equals_scikit_learn_with_ties_unknown_labels_and_one_class_columns(
+    seed,
+):
     scores, labels, _ = cases(seed)
     thresholds = np.array([0.4, 0.0, 0.0, 0.4, 0.0, 1.0, -9.0])
-    ours, theirs = metrics.per_class(scores, labels, thresholds), by_scikit_learn(scores, labels, thresholds)
+    ours, theirs = (
+        metrics.per_class(scores, labels, thresholds),
+        by_scikit_learn(scores, labels, thresholds),
+    )
     for key in metrics.METRICS:
         np.testing.assert_allclose(ours[key], theirs[key], rtol=0, atol=1e-12, err_msg=key)
     np.testing.assert_array_equal(metrics.auroc(scores, labels), ours["auroc"])
@@ -65,7 +75,9 @@ def test_each_bootstrap_sample_equals_the_metrics_of_its_resampled_rows(seed):
         rows = np.concatenate([np.flatnonzero(patients == names[p]) for p in resample])
         expected = by_scikit_learn(scores[rows], labels[rows], thresholds)
         for key in metrics.METRICS:
-            np.testing.assert_allclose(samples[key][i], expected[key], rtol=0, atol=1e-12, err_msg=key)
+            np.testing.assert_allclose(
+                samples[key][i], expected[key], rtol=0, atol=1e-12, err_msg=key
+            )
 
 
 def test_shuffling_the_rows_changes_no_metric_and_no_interval():
@@ -82,15 +94,24 @@ def test_the_interval_of_a_patient_bootstrap_is_wider_than_that_of_volumes_taken
     rng = np.random.default_rng(0)
     patients = np.repeat(np.arange(150), 4)
     labels = np.repeat(rng.random((150, 1)) < 0.4, 4, axis=0).astype(float)
-    scores = labels + np.repeat(rng.normal(size=(150, 1)), 4, axis=0) + 0.3 * rng.normal(size=(600, 1))
-    widths = [np.diff(metrics.interval(metrics.bootstrap(scores, labels, g, [0.0])["auroc"]), axis=0).item() for g in (patients, np.arange(600))]
+    scores = (
+        labels + np.repeat(rng.normal(size=(150, 1)), 4, axis=0) + 0.3 * rng.normal(size=(600, 1))
+    )
+    widths = [
+        np.diff(
+            metrics.interval(metrics.bootstrap(scores, labels, g, [0.0])["auroc"]), axis=0
+        ).item()
+        for g in (patients, np.arange(600))
+    ]
     assert widths[0] > 1.6 * widths[1]
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_the_rank_formula_and_the_bootstraps_histogram_are_equal_to_the_last_bit(seed):
     scores, labels, _ = cases(seed)
-    np.testing.assert_array_equal(metrics.auroc(scores, labels), metrics.per_class(scores, labels, np.zeros(7))["auroc"])
+    np.testing.assert_array_equal(
+        metrics.auroc(scores, labels), metrics.per_class(scores, labels, np.zeros(7))["auroc"]
+    )
 
 
 def test_the_roc_curve_is_scikit_learns():
@@ -106,9 +127,14 @@ def test_an_interval_ignores_resamples_where_the_metric_is_undefined():
     np.testing.assert_allclose(metrics.interval(samples), [[0.025, np.nan], [0.975, np.nan]])
 
 
-@pytest.mark.parametrize("scores, labels, why", [
-    (np.zeros((3, 2)), np.zeros((3, 1)), "same shape"), (np.full((3, 1), np.nan), np.zeros((3, 1)), "NaN"), (np.zeros((3, 1)), np.full((3, 1), 2.0), "0, 1"),
-])
+@pytest.mark.parametrize(
+    "scores, labels, why",
+    [
+        (np.zeros((3, 2)), np.zeros((3, 1)), "same shape"),
+        (np.full((3, 1), np.nan), np.zeros((3, 1)), "NaN"),
+        (np.zeros((3, 1)), np.full((3, 1), 2.0), "0, 1"),
+    ],
+)
 def test_metrics_refuse_what_they_cannot_score(scores, labels, why):
     with pytest.raises(ValueError, match=why):
         metrics.per_class(scores, labels, np.zeros(scores.shape[1]))
@@ -116,7 +142,11 @@ def test_metrics_refuse_what_they_cannot_score(scores, labels, why):
 
 def naive_delong(a, b, y):
     """DeLong, DeLong and Clarke-Pearson 1988, equations 4 to 6, by the pairs."""
-    kernel = lambda s: (s[y == 1][:, None] > s[y == 0]) + 0.5 * (s[y == 1][:, None] == s[y == 0])
+
+    def kernel(s):
+        above, below = s[y == 1][:, None], s[y == 0]
+        return (above > below) + 0.5 * (above == below)
+
     k = [kernel(a), kernel(b)]
     s10, s01 = np.cov([x.mean(1) for x in k]), np.cov([x.mean(0) for x in k])
     s = s10 / (y == 1).sum() + s01 / (y == 0).sum()
@@ -129,15 +159,23 @@ def test_delong_equals_its_published_equations_and_agrees_with_a_bootstrap():
     y = (rng.random(400) < 0.3).astype(float)
     a, b = np.round(rng.normal(size=400) + y, 1), np.round(rng.normal(size=400) + 0.7 * y, 1)
     p = metrics.delong(a, b, y)
-    assert p == pytest.approx(naive_delong(a, b, y), abs=1e-12) and p == pytest.approx(metrics.delong(b, a, y))
+    assert p == pytest.approx(naive_delong(a, b, y), abs=1e-12) and p == pytest.approx(
+        metrics.delong(b, a, y)
+    )
     pair = np.stack([a, b], 1)
-    samples = metrics.bootstrap(pair, np.stack([y, y], 1), np.arange(400), [0.0, 0.0], n=4000)["auroc"]
+    samples = metrics.bootstrap(pair, np.stack([y, y], 1), np.arange(400), [0.0, 0.0], n=4000)[
+        "auroc"
+    ]
     difference = samples[:, 0] - samples[:, 1]
     z = np.subtract(*metrics.auroc(pair, np.stack([y, y], 1))) / difference.std()
     assert p == pytest.approx(math.erfc(abs(z) / math.sqrt(2)), rel=0.15)
-    assert metrics.delong(a, b, y, groups=np.arange(400)) == pytest.approx(p, rel=0.1)                       # one case a patient: the same test
+    assert metrics.delong(a, b, y, groups=np.arange(400)) == pytest.approx(
+        p, rel=0.1
+    )  # one case a patient: the same test
     twice = np.repeat(np.arange(400), 2)
-    assert metrics.delong(a[twice], b[twice], y[twice], groups=twice) == pytest.approx(metrics.delong(a, b, y, groups=np.arange(400)))
+    assert metrics.delong(a[twice], b[twice], y[twice], groups=twice) == pytest.approx(
+        metrics.delong(a, b, y, groups=np.arange(400))
+    )
     assert metrics.delong(a, 2 * a, y) == 1 and math.isnan(metrics.delong(a, b, np.zeros(400)))
 
 
@@ -155,7 +193,10 @@ def test_the_best_threshold_maximises_recall_plus_specificity():
     best = metrics.per_class(scores, labels, np.nan_to_num(thresholds))
     for cut in np.unique(scores[:, 0]):
         other = metrics.per_class(scores, labels, np.full(7, cut))
-        assert other["recall"][0] + other["specificity"][0] <= best["recall"][0] + best["specificity"][0] + 1e-12
+        assert (
+            other["recall"][0] + other["specificity"][0]
+            <= best["recall"][0] + best["specificity"][0] + 1e-12
+        )
     assert np.isnan(thresholds[[1, 2, 4]]).all()
 
 
@@ -166,27 +207,41 @@ def test_a_split_half_threshold_never_depends_on_the_patient_that_it_judges():
         mine = patients == patient
         changed = scores.copy()
         changed[mine] += 100
-        np.testing.assert_array_equal(metrics.split_half_thresholds(changed, labels, patients)[mine], thresholds[mine])
-    assert np.isnan(metrics.per_class(scores, labels, thresholds)["f1"][1])       # no positive: no threshold, said as such
+        np.testing.assert_array_equal(
+            metrics.split_half_thresholds(changed, labels, patients)[mine], thresholds[mine]
+        )
+    assert np.isnan(
+        metrics.per_class(scores, labels, thresholds)["f1"][1]
+    )  # no positive: no threshold, said as such
 
 
 def test_retrieval_of_a_perfect_and_of_a_blind_model():
     rng = np.random.default_rng(0)
     v = rng.normal(size=(300, 16))
-    reports = np.arange(300) // 2                                               # two reconstructions a report
+    reports = np.arange(300) // 2  # two reconstructions a report
     t = v[reports * 2]
     perfect = metrics.retrieval(v + 0.01 * rng.normal(size=v.shape), t, reports)
-    assert perfect["volume_to_report"]["recall@1"] > 0.45 and perfect["report_to_volume"]["recall@1"] == 1
+    assert (
+        perfect["volume_to_report"]["recall@1"] > 0.45
+        and perfect["report_to_volume"]["recall@1"] == 1
+    )
     assert perfect["volume_to_report"]["candidates"] == 150
     blind = metrics.retrieval(np.ones((300, 4)), np.ones((300, 4)), reports)
-    assert blind["volume_to_report"]["recall@100"] == 0                          # all tied: no credit
+    assert blind["volume_to_report"]["recall@100"] == 0  # all tied: no credit
     chance = metrics.retrieval(v, rng.normal(size=v.shape))
-    assert chance["volume_to_report"]["recall@10"] == pytest.approx(10 / 300, abs=0.03) and 110 < chance["report_to_volume"]["median_rank"] < 190
+    assert (
+        chance["volume_to_report"]["recall@10"] == pytest.approx(10 / 300, abs=0.03)
+        and 110 < chance["report_to_volume"]["median_rank"] < 190
+    )
 
 
 def test_map_at_k_equals_its_definition_and_never_counts_the_same_patient():
     rng = np.random.default_rng(1)
-    v, labels, patients = rng.normal(size=(40, 8)), (rng.random((40, 4)) < 0.3).astype(float), np.arange(40) // 2
+    v, labels, patients = (
+        rng.normal(size=(40, 8)),
+        (rng.random((40, 4)) < 0.3).astype(float),
+        np.arange(40) // 2,
+    )
     unit = v / np.linalg.norm(v, axis=1, keepdims=True)
     expected = []
     for i in range(40):
@@ -195,16 +250,26 @@ def test_map_at_k_equals_its_definition_and_never_counts_the_same_patient():
         if right.any():
             precision = right.cumsum() / np.arange(1, len(right) + 1)
             expected.append((precision * right)[:5].sum() / min(5, right.sum()))
-    assert metrics.map_at_k(v, labels, patients, ks=(5,))["map@5"] == pytest.approx(np.mean(expected), abs=1e-6)
+    assert metrics.map_at_k(v, labels, patients, ks=(5,))["map@5"] == pytest.approx(
+        np.mean(expected), abs=1e-6
+    )
 
 
 def test_the_modality_gap_is_full_for_apart_clusters_and_none_for_one_cloud():
     rng = np.random.default_rng(0)
     cloud, other = rng.normal(size=(2, 400, 16))
     apart = metrics.modality_gap(cloud + 4, other - 4)
-    assert apart["linear_separability"] == 1 and apart["centroid_distance"] > 1.5 and apart["cosine_pairs"] < -0.5
+    assert (
+        apart["linear_separability"] == 1
+        and apart["centroid_distance"] > 1.5
+        and apart["cosine_pairs"] < -0.5
+    )
     same = metrics.modality_gap(cloud, cloud)
-    assert same["linear_separability"] == 0.5 and same["centroid_distance"] < 1e-9 and same["cosine_pairs"] == pytest.approx(1)
+    assert (
+        same["linear_separability"] == 0.5
+        and same["centroid_distance"] < 1e-9
+        and same["cosine_pairs"] == pytest.approx(1)
+    )
     assert same["cosine_nonpairs"] == pytest.approx(0, abs=0.01)
     assert metrics.modality_gap(cloud, other)["linear_separability"] == pytest.approx(0.5, abs=0.08)
 
@@ -224,4 +289,4 @@ def test_a_thousand_resamples_of_the_ct_rate_validation_set_take_less_than_a_sec
         start = time.process_time()
         metrics.bootstrap(rng.normal(size=labels.shape) + labels, labels, patients, np.zeros(18))
         times.append(time.process_time() - start)
-    assert min(times) < 2.0                                                       # CPU seconds, which a busy machine doesn't stretch
+    assert min(times) < 2.0  # CPU seconds, which a busy machine doesn't stretch
