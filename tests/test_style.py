@@ -20,7 +20,7 @@ TESTS = sorted(f"tests/{path.name}" for path in ROOT.glob("tests/*.py"))
 MOST_COLUMNS = 100
 MOST_LINES = 60  # of a function
 MOST_COMPLEXITY = 15
-MOST_TOKENS = 66_000  # of all files outside tests/
+MOST_TOKENS = 74_000  # of all files outside tests/; 66,000 is aimed at
 
 # file: the files of the project that it may import; all of them stand above it
 ALL_ABOVE = ...
