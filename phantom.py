@@ -80,11 +80,11 @@ DATA = tomllib.loads((Path(__file__).parent / "resources/phantom_scans.toml").re
 # the lungs, (0, 0) in the middle of the chest. Shapes are given by their signed distance, in mm,
 # negative inside. A patient is the mean one of resources/phantom_scans.toml, stretched, with tissue
 # values, curvatures and twists of their own.
-LINES = DATA["aorta"] | DATA["vessels"] | DATA["airways"]
+LINES = DATA["lines"] | DATA["vessels"] | DATA["airways"]
 
 
 def f32(values):
-    """Values as float32."""
+    """An array of float32."""
     return np.asarray(values, float32)
 
 
@@ -135,7 +135,7 @@ class Anatomy:
         self.hu.bone *= self.bone_age
         self.hu.cortex *= self.bone_age
         self.table = u(8, 22), u(-260, -60), rng.random() < .9  # gap, HU, is it in the picture?
-        self.twist = f32([u(-5, 5) for _ in range(12)]).reshape(3, 4)  # of vessels and airways
+        self.twist = f32([u(-5, 5) for _ in range(6)]).reshape(3, 2)  # of vessels and airways
         self.offset = f32((u(-30, 30), u(-180, -120), u(-900, 200)))  # of the scanner
 
     def at(self, *points):
@@ -161,7 +161,7 @@ class Anatomy:
         side, back, height = (x / r) ** 2, y / r, z / self.top
         wall = self.wall * (1 + .9 * exp(-((back - .9) / .14) ** 2) + .25 * side ** 2)
         chest = profile("taper", height) * self.radius(x, y, float32(.35 * self.top))
-        muscle = (r - wall) - chest - profile("shoulders", height) * side
+        muscle = r - wall - chest - profile("shoulders", height) * side
         angle = np.arctan2(x, y)
         waves = 1 + sum(w * cos((n + 2) * angle) for n, w in enumerate(self.lobed))
         return muscle - self.fat * waves * (1.1 - .25 * back), muscle, wall
@@ -183,7 +183,7 @@ class Anatomy:
         """How deep points (N, 3) lie in a lung, mm (negative: outside)."""
         x, y, z = f32(points).T
         centre, radii, axes = self.heart
-        heart = sqrt(((((points - centre) @ axes.T) / radii) ** 2).sum(-1)) - 1
+        heart = sqrt((((points - centre) @ axes.T / radii) ** 2).sum(-1)) - 1
         chest = self.radius(x, y, z) - hypot(x, y)
         medial = abs(x) - self.mediastinum(y, z)
         basal = .8 * (z - self.diaphragm(x, y))
@@ -293,7 +293,7 @@ class Anatomy:
 
 
 def enlarged(lesions, name):
-    """The factor by which a lesion enlarges its organ, 1 without it."""
+    """How large an organ is with the lesions, 1 without."""
     return lesions[name][0]["scale"] if name in lesions else 1
 
 
@@ -384,7 +384,7 @@ class Shape(NamedTuple):
 
 
 def inside_all(*distances):
-    """Signed distance to the intersection of shapes."""
+    """The signed distance to what several surfaces have in common."""
     return reduce(maximum, distances)
 
 
@@ -579,7 +579,7 @@ def slab(c, k):
     hu += c.cover(cavity + 1) * (value.fat + 6 - hu)
     # Lungs, with their oblique fissures.
     grain = c.texture(np.s_[k, :, :], "fine", 2.5)
-    tissue = (value.lung + value.gradient * y) + 8 * grain
+    tissue = value.lung + value.gradient * y + 8 * grain
     fissure = abs(z - (105 + 62 * y / body.b) * body.scale[2])
     tissue += 90 * clip(1 - fissure / c.vox, 0, 1)
     lung = c.cover(-depth)
@@ -1156,90 +1156,63 @@ def rib_fracture(pen):
     pen.stroke(line[i - 2:i] + step * .3, 5.5, 350)
 
 
-# Foreign: metal or plastic, denser than bone.
+# Foreign.
 def medical_material(pen):
-    """One of the devices below."""
-    for device in DEVICES:
-        if spoken(device) in pen.what:
-            device(pen)
+    """Metal or plastic, denser than bone; most along courses of resources/phantom_scans.toml."""
+    if "sternotomy" in pen.what:  # loops of wire
+        for z in linspace(.45, .86, pen.integers(5, 7)) * pen.body.top:
+            pen.stroke((0, pen.body.front(z), z) + ring(40, (15, 8, 3)), 1.2, 2600)
+    elif "valve" in pen.what:  # in the root of the aorta
+        pen.stroke(pen.body.aorta[0][3] + ring(60, (13, 5, 13)), 2.2, 2800)
+    for word, device in DATA["devices"].items():
+        if word in pen.what:
+            line = course(pen, device)
+            for radius, hu, mark, *offset in device["strokes"]:
+                pen.stroke(line + offset, radius, hu, mark=mark)
 
 
-def implant(pen, radii, hu, lead, lead_hu, end=None):
-    """A can under the skin below a clavicle; a lead through the veins of its side to an end."""
-    body, sign, vein = pen.body, pen.sign, pen.body.line("superior_vena_cava")
+def ring(n, radii):
+    """n points (n, 3) of a ring about the y axis that lies aslant."""
+    angle = linspace(0, 2 * math.pi, n)
+    return stack((cos(angle), sin(angle), sin(angle)), 1) * radii
+
+
+def course(pen, device):
+    """The points (N, 3) along which a device runs."""
+    body, mirror, pieces = pen.body, (pen.sign, 1, 1), []
+    for kind, *numbers in device["course"]:
+        if kind == "point":
+            piece = body.at(numbers)
+        elif kind == "side":
+            piece = body.at(numbers) * mirror
+        elif kind == "heart":
+            piece = body.in_heart(array([numbers]))
+        elif kind == "chest":
+            share, mm = array(numbers).reshape(2, 1, 3)
+            piece = (share * (body.a, body.b, body.top) + mm) * mirror
+        elif kind == "can":
+            *radii, hu = numbers
+            piece = under_skin(pen)
+            pen.paint(pen.ellipsoid(piece[0], radii), hu)
+        else:
+            piece, first = body.line(kind), numbers[0]
+            piece = piece[first if first >= 1 else int(first * len(piece)):]
+        pieces.append(piece)
+    points = concatenate(pieces)
+    if "above" in device:
+        points = points[points[:, 2] > device["above"] * body.top]
+    return path(points, *device["smooth"]) if "smooth" in device else points
+
+
+def under_skin(pen):
+    """A point (1, 3) under the skin at the front of the chest, below a clavicle."""
     for r in range(60, 190):
-        can = array((sign * .55 * r, -.83 * r, .83 * body.top))
-        i, j, _ = np.rint(pen.grid(can)).astype(int)
+        point = array((pen.sign * .55 * r, -.83 * r, .83 * pen.body.top))
+        i, j, _ = np.rint(pen.grid(point)).astype(int)
         inside = 0 <= i < pen.shape[2] and 0 <= j < pen.shape[1]
         if not inside or pen.skin[0, j, i] > -12:
             break
-    pen.paint(pen.ellipsoid(can, radii), hu)
-    shoulder = body.at((sign * 70, -30, 206), (sign * 42, -16, 214))
-    end = vein[-1:] if end is None else end
-    course = concatenate(([can], shoulder, vein[len(vein) // 3:], end))
-    pen.stroke(path(course, 1, 12), lead, lead_hu)
-
-
-def pacemaker(pen):
-    """A large can, its lead in the right ventricle."""
-    ventricle = pen.body.in_heart(array(((0, -.3, -.3), (.6, -.4, -.4))))
-    implant(pen, (23, 8, 20), 3000, 1.5, 2400, ventricle)
-
-
-def port(pen):
-    """A small can, its catheter in the superior vena cava."""
-    implant(pen, (12, 8, 12), 1500, 1.7, 1200)
-
-
-def venous(pen):
-    """A catheter through the neck into the superior vena cava."""
-    neck = pen.body.at((-42, -12, 250), (-40, -16, 214))
-    course = concatenate((neck, pen.body.line("superior_vena_cava")[8:]))
-    pen.stroke(path(course, 1, 8), 1.7, 1500)
-
-
-def sternotomy(pen):
-    """Wire loops round the sternum."""
-    angle = linspace(0, 2 * math.pi, 40)
-    x, y = cos(angle), sin(angle)
-    for z in linspace(.45, .86, pen.integers(5, 7)) * pen.body.top:
-        pen.stroke(np.c_[15 * x, pen.body.front(z) + 8 * y, z + 3 * y], 1.2, 2600)
-
-
-def valve(pen):
-    """A ring at the aortic root."""
-    angle = linspace(0, 2 * math.pi, 60)
-    x, y = cos(angle), sin(angle)
-    pen.stroke(pen.body.aorta[0][3] + np.c_[13 * x, 5 * y, 13 * y], 2.2, 2800)
-
-
-def hose(pen, line, wall, lumen, stripe, offset):
-    """A plastic tube with a stripe that shows on X-rays beside it: radius and HU of each."""
-    pen.stroke(line, *wall)
-    pen.stroke(line, *lumen, mark=False)
-    pen.stroke(line + offset, *stripe)
-
-
-def endotracheal(pen):
-    """A tube in the trachea."""
-    trachea = pen.body.line("trachea")
-    line = trachea[trachea[:, 2] > .8 * pen.body.top]
-    hose(pen, line, (6, 350), (4, -940), (1, 1800), (5, 0, 0))
-
-
-def chest_tube(pen):
-    """A tube through the chest wall up to the apex."""
-    body, a, top = pen.body, pen.body.a, pen.body.top
-    outside, wall = (a + 22, 10, .38 * top), (a - 4, 25, .45 * top)
-    inside, tip = (.8 * a, .55 * body.b, .6 * top), (.45 * a, .5 * body.b, .8 * top)
-    course = path(array((outside, wall, inside, tip)) * (pen.sign, 1, 1), 1.5, 30)
-    hose(pen, course, (5, 500), (2.8, -950), (.9, 2000), (0, 4, 0))
-
-
-def nasogastric(pen):
-    """A tube down the esophagus into the stomach."""
-    stomach = path(pen.body.at((28, 5, 36), (48, -10, 22)), 2)
-    pen.stroke(concatenate((pen.body.line("esophagus"), stomach)), 2.2, 900)
+    return point[None]
 
 
 def spoken(function):
@@ -1248,7 +1221,6 @@ def spoken(function):
 
 
 NORMAL = trunk, organs, table, skeleton, vertebrae, vessels, airways
-DEVICES = pacemaker, port, venous, sternotomy, endotracheal, valve, chest_tube, nasogastric
 ABNORMAL = (  # in the order in which they are drawn; named as in ABNORMALITIES
     mosaic_attenuation_pattern, emphysema, interlobular_septal_thickening, pulmonary_fibrosis,
     lung_opacity, peribronchial_thickening, bronchial_thickening, bronchiectasis, lung_cyst,
@@ -1262,7 +1234,7 @@ ABNORMAL = (  # in the order in which they are drawn; named as in ABNORMALITIES
 # ------------------------------------------------------------------------------ one reconstruction
 # A scan has one to three: the same patient in other voxels, with other noise, in other axes.
 def patient(seed, split, index, lesions):
-    """The Anatomy of a scan's patient."""
+    """The patient of a scan; the second scan of a patient has the same anatomy."""
     number, _ = patient_of(seed, split, index)
     return Anatomy(random.Random(f"anatomy {seed} {split} {number}"), lesions)
 
@@ -1299,42 +1271,43 @@ def draw(seed, split, index, reconstruction=0, lesions=None, masks=True):
     Returns hu int16 [X, Y, Z] as stored, affine (4, 4) to RAS mm, spacing (x, y, z) in mm, the
     lesions, masks: abnormality -> bool [X, Y, Z].
     """
-    lesions = findings(seed, split, index) if lesions is None else lesions
-    how = reconstructions(seed, split, index)[reconstruction]
-    body = patient(seed, split, index, lesions)
-    c = Canvas(body, how)
-    for function in NORMAL:
-        function(c)
-    for function in ABNORMAL:
-        name = spoken(function).capitalize()
-        for lesion in lesions.get(name, ()):
-            function(Pen(c, name if masks else None, lesion))
-    add_noise(c.hu, how)
-    hu = np.rint(clip(c.hu, -1024, 3071, out=c.hu), out=c.hu).astype(np.int16)
+    scan = seed, split, index
+    lesions = findings(*scan) if lesions is None else lesions
+    how = reconstructions(*scan)[reconstruction]
+    c = drawn(patient(*scan, lesions), how, lesions, masks)
     flips, affine = orientation(c, how.axes)
     stored = {name: mask.T[flips] for name, mask in c.masks.items()}
-    return hu.T[flips], affine, c.spacing, lesions, stored
+    return c.hu.astype(np.int16).T[flips], affine, c.spacing, lesions, stored
 
 
-def add_noise(hu, how):
-    """The scanner's noise: white through a sharp kernel, correlated in-plane through a soft one."""
-    noise, layers = shared()["noise"], [(0, 1)]  # voxels by which it is shifted, weight
+def drawn(body, how, lesions, masks):
+    """The canvas with a patient, the lesions and noise on it, in whole HU."""
+    c = Canvas(body, how)
+    for part in NORMAL:
+        part(c)
+    for abnormality in ABNORMAL:
+        name = spoken(abnormality).capitalize()
+        for lesion in lesions.get(name, ()):
+            abnormality(Pen(c, name if masks else None, lesion))
+    # The scanner's noise: white through a sharp kernel, correlated in-plane through a soft one.
+    noise, layers = shared()["noise"], [(0, 1)]  # by how many voxels it is shifted, weight
     if how.kernel == "soft":
         layers = [(0, .65), (1, .53), (how.pixels, .53)]
     for shift, weight in layers:
         start = how.roll + shift
-        layer = noise[start:start + hu.size].reshape(hu.shape)
-        hu += (how.noise * weight) * layer
+        c.hu += how.noise * weight * noise[start:start + c.hu.size].reshape(c.shape)
+    c.hu = np.rint(clip(c.hu, -1024, 3071))
+    return c
 
 
 def orientation(c, axes):
     """Flips of an array [X, Y, Z] in LPS that store it along axes such as "RAS"; its affine."""
-    forward = array([code in "LPS" for code in axes])
-    flips = tuple(slice(None, None, 1 if code else -1) for code in forward)
+    steps = array([1 if code in "LPS" else -1 for code in axes])
+    flips = tuple(slice(None, None, step) for step in steps)
     extent = c.spacing * (array(c.shape[::-1]) - 1)
-    corner = c.origin + c.body.offset + np.where(forward, 0, extent)
+    corner = c.origin + c.body.offset + (1 - steps) / 2 * extent
     to_ras = array((-1, -1, 1))
-    affine = np.diag((*(to_ras * np.where(forward, 1, -1) * c.spacing), 1.))
+    affine = np.diag((*(to_ras * steps * c.spacing), 1.))
     affine[:3, 3] = to_ras * corner
     return flips, affine
 
@@ -1521,27 +1494,25 @@ def written(jobs, workers):
 
 
 # ---------------------------------------------------------------------------------- a contact sheet
-AXIAL = 2
 NORMAL_VIEWS = ["Normal, lung window", "Normal, soft tissue"]
 
 
 def example(seed, k, name, plane):
-    """An otherwise normal patient with one abnormality, in the plane where it is widest.
+    """An otherwise normal patient with one abnormality, cut where it is widest.
 
-    Returns (image (rows, columns) in HU, mask of the lesion, height of a pixel / its width).
+    plane: 0 axial, 1 coronal, 2 sagittal. Returns (image (rows, columns) in HU, mask of the
+    lesion, height of a pixel / its width).
     """
     rng = random.Random(f"preview {seed} {name}")
     lesions = LESIONS[name](rng) if name in LESIONS else []
     for lesion in lesions:
         lesion["place"] = [rng.random() for _ in range(3)]
-    hu, affine, spacing, _, masks = draw(seed, "preview", k, lesions={name: lesions})
-    mask = masks.get(name, np.zeros(hu.shape, bool))
-    backward = np.flatnonzero(np.diag(affine)[:3] * (-1, -1, 1) < 0)
-    hu, mask = np.flip(hu, backward), np.flip(mask, backward)
-    across, down = [axis for axis in range(3) if axis != plane]
-    at = int(mask.sum((across, down)).argmax()) if lesions else hu.shape[2] // 2
-    image, inside = np.take(hu, at, plane).T, np.take(mask, at, plane).T
-    return image, inside, spacing[down] / spacing[across]
+    scan, lesions = (seed, "preview", k), {name: lesions}
+    c = drawn(patient(*scan, lesions), reconstructions(*scan)[0], lesions, True)
+    mask = c.masks.get(name, np.zeros(c.shape, bool))
+    down, across = [axis for axis in range(3) if axis != plane]
+    at = mask.sum((down, across)).argmax() if mask.any() else c.shape[0] // 2
+    return c.hu.take(at, plane), mask.take(at, plane), c.spacing[2 - down] / c.spacing[2 - across]
 
 
 def preview(path, seed=0):
@@ -1551,11 +1522,11 @@ def preview(path, seed=0):
     figure = Figure((21, 16), facecolor="black")
     axes = figure.subplots(5, 7).flat
     for k, (axis, name) in enumerate(zip(axes, [*NORMAL_VIEWS, *ABNORMALITIES])):
-        window, plane = DATA["views"].get(name, ("lung", AXIAL))
+        window, plane = DATA["views"].get(name, ("lung", 0))
         black, white = DATA["windows"][window]
         image, inside, aspect = example(seed, k, name, plane)
         style = {"cmap": "gray", "vmin": black, "vmax": white, "interpolation": "bicubic"}
-        origin = "upper" if plane == AXIAL else "lower"
+        origin = "lower" if plane else "upper"
         axis.imshow(image, aspect=aspect, origin=origin, **style)
         if inside.any():
             grown = inside.astype(int)
