@@ -27,6 +27,7 @@ TABLE = {
     "img_encoder.global_embedder.": "vision_projection",
     "dictionarylearning.dictionary.": "bank",
 }
+PLACE = re.compile(rf"gloria\.({'|'.join(map(re.escape, TABLE))})(.*)", re.DOTALL)
 UNUSED = re.compile(r"emb_local|local_embedder")  # the method doesn't use the local embedders
 
 
@@ -39,27 +40,23 @@ class Inert:
     def __init__(self, *_, **__):
         pass
 
-    def _nothing(self, *_, **__):
-        pass
-    __setstate__ = __setitem__ = append = extend = add = _nothing
+    __setstate__ = __setitem__ = append = extend = add = __init__
 
 
 def _reference(storage, offset, shape, stride, *_):
     return storage, offset, shape, stride
 
 
-STORAGES = {
+# What a name in the pickle stands for, whatever its module; all others are Inert.
+KNOWN = {
     "FloatStorage": torch.float32, "HalfStorage": torch.float16, "BFloat16Storage": torch.bfloat16,
     "DoubleStorage": torch.float64, "LongStorage": torch.int64, "IntStorage": torch.int32,
     "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8,
     "BoolStorage": torch.bool,
-}
-ALLOWED = {
-    ("collections", "OrderedDict"): OrderedDict,
-    ("torch._utils", "_rebuild_tensor_v2"): _reference,
-    ("torch._utils", "_rebuild_parameter"): lambda data, *_: data,
-    ("builtins", "getattr"): lambda *_: Inert,  # a class within a class
-    ("__builtin__", "getattr"): lambda *_: Inert,
+    "OrderedDict": OrderedDict,
+    "_rebuild_tensor_v2": _reference,
+    "_rebuild_parameter": lambda data, *_: data,
+    "getattr": lambda *_: Inert,  # a class within a class
 }
 
 
@@ -77,13 +74,10 @@ class Checkpoint(pickle.Unpickler):
         super().__init__(self.archive.open(names[0]))
 
     def find_class(self, module, name):
-        if module == "torch" and name in STORAGES:
-            return STORAGES[name]
-        return ALLOWED.get((module, name), Inert)
+        return KNOWN.get(name, Inert)
 
     def persistent_load(self, storage):
-        _, dtype, key, _, _ = storage
-        return dtype, key
+        return storage[1:3]  # its type and its key
 
     def tensor(self, reference):
         """The tensor that a reference stands for."""
@@ -98,21 +92,19 @@ def read_parts(checkpoint):
     try:
         reader = Checkpoint(checkpoint)
         for name, value in reader.load()["state_dict"].items():
-            if not name.startswith("gloria."):
-                continue
-            inner = name.removeprefix("gloria.")
-            prefix = next((prefix for prefix in TABLE if inner.startswith(prefix)), None)
-            if prefix:
-                tensor = reader.tensor(value).float()
-                parts[TABLE[prefix]][inner.removeprefix(prefix)] = tensor
-            elif not UNUSED.search(inner):
+            place = PLACE.match(name)
+            if place:
+                prefix, inner = place.groups()
+                parts[TABLE[prefix]][inner] = reader.tensor(value).float()
+            elif name.startswith("gloria.") and not UNUSED.search(name):
                 left_out.append(name)
     except FileNotFoundError:
         raise ValueError(f"{checkpoint}: no such file") from None
     except Exception as error:  # whatever a damaged or foreign pickle may raise
-        reason = f"({type(error).__name__}: {ascii(str(error))})"
-        wrong = "can't be read as a PyTorch Lightning checkpoint"
-        raise ValueError(f"{checkpoint}: {wrong} {reason}") from None
+        raise ValueError(
+            f"{checkpoint}: can't be read as a PyTorch Lightning checkpoint "
+            f"({type(error).__name__}: {ascii(str(error))})"
+        ) from None
     return parts, left_out
 
 
@@ -162,8 +154,9 @@ def convert(checkpoint, tokenizer, out):
         for part, weights in parts.items():
             getattr(model, part).load_state_dict(weights)
     except KeyError as error:
-        lack = f"lacks {error}, so it is not the authors' checkpoint"
-        raise ValueError(f"{checkpoint}: {lack}") from None
+        raise ValueError(
+            f"{checkpoint}: lacks {error}, so it is not the authors' checkpoint"
+        ) from None
     except (RuntimeError, IndexError, TypeError, ArithmeticError) as error:  # a shape of its own
         reason = " ".join(str(error).split())
         raise ValueError(f"{checkpoint}: is not the authors' checkpoint: {reason}") from None

@@ -90,8 +90,8 @@ class Attention(nn.Module):
     def forward(self, x, mask=None):
         B, N, C = x.shape
         qkv = self.qkv(x).view(B, N, 3, self.heads, C // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)                       # each (B, heads, N, C / heads)
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        qkv = qkv.permute(2, 0, 3, 1, 4)                           # three (B, heads, N, C / heads)
+        x = F.scaled_dot_product_attention(*qkv, mask)
         return self.proj(x.transpose(1, 2).reshape(B, N, C))
 
 
@@ -145,8 +145,7 @@ def sincos_position_embedding(grid, width):
     for axis in torch.meshgrid(*axes, indexing="ij"):
         angle = axis.reshape(-1, 1) * frequency
         parts += angle.sin(), angle.cos()
-    embedding = torch.cat(parts, dim=1)
-    return F.pad(embedding, (0, width - embedding.shape[1]))
+    return F.pad(torch.cat(parts, 1), (0, width - 6 * per_axis))
 
 
 class ViT3D(nn.Module):
@@ -167,8 +166,8 @@ class ViT3D(nn.Module):
         self.cls_token = nn.Parameter(torch.randn(1, 1, width) * 0.02)
         positions = sincos_position_embedding(self.base_grid, width)
         self.pos_embed = nn.Parameter(F.pad(positions, (0, 0, 1, 0))[None])       # (1, 1 + N, C)
-        self.blocks = nn.ModuleList(Block(width, heads, eps=1e-6) for _ in range(depth))
-        self.norm = nn.LayerNorm(width, eps=1e-5)
+        self.blocks = nn.ModuleList(Block(width, heads, 1e-6) for _ in range(depth))
+        self.norm = nn.LayerNorm(width)
         self.apply(_initialise)
 
     def forward(self, volumes):
@@ -181,8 +180,8 @@ class ViT3D(nn.Module):
         volumes = volumes.contiguous(memory_format=torch.channels_last_3d)
         x = self.patch_embed["proj"](volumes)                                   # (B, C, gx, gy, gz)
         grid = x.shape[2:]
-        x = x.flatten(2).transpose(1, 2)                                         # (B, N, C)
-        x = torch.cat([self.cls_token.expand(B, -1, -1), x], dim=1)              # (B, 1 + N, C)
+        x = x.flatten(2).mT                                                      # (B, N, C)
+        x = torch.cat([self.cls_token.expand(B, -1, -1), x], 1)                  # (B, 1 + N, C)
         x = x + self.position_embedding(grid)
         for block in self.blocks:
             x = block(x)
@@ -191,12 +190,18 @@ class ViT3D(nn.Module):
 
     def position_embedding(self, grid):
         """(1, 1 + N, C) for a grid (gx, gy, gz)."""
-        if tuple(grid) == self.base_grid:
+        if grid == self.base_grid:
             return self.pos_embed
-        cls, patches = self.pos_embed[:, :1], self.pos_embed[:, 1:]
-        patches = patches.transpose(1, 2).unflatten(2, self.base_grid)          # (1, C, gx, gy, gz)
-        patches = F.interpolate(patches, size=tuple(grid), mode="trilinear", align_corners=False)
-        return torch.cat([cls, patches.flatten(2).transpose(1, 2)], dim=1)
+        cls, patches = self.pos_embed.tensor_split([1], 1)
+        patches = patches.mT.unflatten(2, self.base_grid)                       # (1, C, gx, gy, gz)
+        patches = F.interpolate(patches, grid, mode="trilinear")
+        return torch.cat([cls, patches.flatten(2).mT], 1)
+
+
+def _convolution(inputs, outputs, size, stride):
+    """Its layers: convolution, batch norm, ReLU."""
+    convolution = nn.Conv3d(inputs, outputs, size, stride, size // 2, bias=False)
+    return convolution, nn.BatchNorm3d(outputs), nn.ReLU(inplace=True)
 
 
 class Bottleneck(nn.Module):
@@ -209,15 +214,13 @@ class Bottleneck(nn.Module):
         super().__init__()
         out = 4 * width
         self.residual = nn.Sequential(
-            nn.Conv3d(channels, width, 1, bias=False), nn.BatchNorm3d(width), nn.ReLU(inplace=True),
-            nn.Conv3d(width, width, 3, stride, padding=1, bias=False), nn.BatchNorm3d(width),
-            nn.ReLU(inplace=True),
-            nn.Conv3d(width, out, 1, bias=False), nn.BatchNorm3d(out),
+            *_convolution(channels, width, 1, 1),
+            *_convolution(width, width, 3, stride),
+            *_convolution(width, out, 1, 1)[:2],
         )
         self.shortcut = nn.Identity()
         if stride > 1 or channels != out:
-            convolution = nn.Conv3d(channels, out, 1, stride, bias=False)
-            self.shortcut = nn.Sequential(convolution, nn.BatchNorm3d(out))
+            self.shortcut = nn.Sequential(*_convolution(channels, out, 1, stride)[:2])
         nn.init.zeros_(self.residual[-1].weight)  # each block starts as its shortcut
 
     def forward(self, x):
@@ -237,17 +240,15 @@ class ResNet3D(nn.Module):
         # Two small convolutions, not 7 x 7 x 7 and pooling (He et al. 2019): a fifth of the cost.
         half = width // 2
         self.stem = nn.Sequential(
-            nn.Conv3d(channels, half, 3, stride=2, padding=1, bias=False), nn.BatchNorm3d(half),
-            nn.ReLU(inplace=True),
-            nn.Conv3d(half, width, 3, stride=2, padding=1, bias=False), nn.BatchNorm3d(width),
-            nn.ReLU(inplace=True),
+            *_convolution(channels, half, 3, 2), *_convolution(half, width, 3, 2)
         )
         blocks, channels = [], width
         for stage, count in enumerate(self.BLOCKS[depth]):
             for i in range(count):
-                stride = 2 if stage > 0 and i == 0 else 1
-                blocks.append(Bottleneck(channels, width << stage, stride))
-                channels = 4 * (width << stage)
+                stride = 2 if stage and not i else 1
+                blocks.append(Bottleneck(channels, width, stride))
+                channels = 4 * width
+            width *= 2
         self.blocks = nn.Sequential(*blocks)
         self.width = channels
         for module in self.modules():
@@ -258,7 +259,7 @@ class ResNet3D(nn.Module):
     def forward(self, volumes):
         volumes = volumes.contiguous(memory_format=torch.channels_last_3d)
         x = self.blocks(self.stem(volumes))                                     # (B, C, gx, gy, gz)
-        return x.mean(dim=(2, 3, 4)), x.movedim(1, -1)
+        return x.mean((2, 3, 4)), x.movedim(1, -1)
 
 
 # ---- 3. The text encoder -------------------------------------------------------------------------
@@ -292,7 +293,7 @@ def _wordpiece(pieces):
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece()
-    first, last = ("[CLS]", numbers["[CLS]"]), ("[SEP]", numbers["[SEP]"])
+    last, first = [(piece, numbers[piece]) for piece in ("[SEP]", "[CLS]")]
     tokenizer.post_processor = processors.BertProcessing(last, first)
     return tokenizer
 
@@ -313,8 +314,8 @@ class TextEncoder(nn.Module):
         self.word_embeddings = nn.Embedding(vocabulary, width)
         self.position_embeddings = nn.Embedding(positions, width)
         self.type_embedding = nn.Parameter(torch.zeros(width))  # BERT's token type 0, the only one
-        self.norm = nn.LayerNorm(width, eps=1e-12)
-        blocks = (Block(width, heads, eps=1e-12, post_norm=True) for _ in range(depth))
+        self.norm = nn.LayerNorm(width, 1e-12)
+        blocks = (Block(width, heads, 1e-12, post_norm=True) for _ in range(depth))
         self.blocks = nn.ModuleList(blocks)
         self.apply(_initialise)
         self.set_tokenizer(tokenizer or train_tokenizer([], vocabulary))
@@ -346,8 +347,7 @@ class TextEncoder(nn.Module):
 
     def hidden_states(self, tokens, mask):
         """BERT's hidden states, the embedding's first: tokens, mask (B, T) -> [(B, T, C), ...]."""
-        B, T = tokens.shape
-        positions = self.position_embeddings.weight[:T]
+        positions = self.position_embeddings.weight[:tokens.shape[1]]
         x = self.word_embeddings(tokens) + positions + self.type_embedding
         states = [self.norm(x)]
         for block in self.blocks:
@@ -357,15 +357,13 @@ class TextEncoder(nn.Module):
     @classmethod
     def from_huggingface(cls, directory, length=97):
         """Load a BERT saved by transformers: config.json, model.safetensors, tokenizer or vocab."""
-        directory = Path(directory)
-        config = _read_json(directory / "config.json")
-        if config.get("model_type") != "bert":
-            kind = config.get("model_type")
-            path = directory / "config.json"
+        path = Path(directory) / "config.json"
+        config = _read_json(path)
+        kind, depth = config.get("model_type"), config.get("num_hidden_layers")
+        if kind != "bert":
             raise ValueError(f"{path}: model_type is {kind!r}, a BERT is needed")
         weights = _read_weights(directory)
         weights = {name.removeprefix("bert."): tensor for name, tensor in weights.items()}
-        depth = config["num_hidden_layers"]
         encoder = cls(
             read_tokenizer(directory), config["vocab_size"], config["hidden_size"], depth,
             config["num_attention_heads"], config["max_position_embeddings"], length,
@@ -403,8 +401,9 @@ def from_bert(weights, depth, where):
                 state[f"{name}.{kind}"] = torch.cat([weights[f"{part}.{kind}"] for part in parts])
         return state
     except KeyError as error:
-        lack = f"the weights lack {error}, so they are not a BertModel's"
-        raise ValueError(f"{where}: {lack}") from None
+        raise ValueError(
+            f"{where}: the weights lack {error}, so they are not a BertModel's"
+        ) from None
 
 
 # ---- 4. The whole model, and its zero-shot score -------------------------------------------------
@@ -432,8 +431,7 @@ class BrgSA(nn.Module):
         self.vision_projection = nn.Linear(self.vision.width, config.dim)
         self.text_projection = nn.Linear(config.text_width, config.dim)
         self.bank = KnowledgeBank(config.bank_size, config.dim, config.bank_init)
-        scale = torch.tensor(float(config.scale))
-        self.scale = nn.Parameter(scale, requires_grad=config.learn_scale)
+        self.scale = nn.Parameter(torch.tensor(float(config.scale)), config.learn_scale)
 
     def forward(self, volumes, texts):
         """A batch of pairs -> v, t, v_hat, t_hat, as cmki.alignment_loss takes them."""
@@ -460,7 +458,7 @@ class BrgSA(nn.Module):
             channels = []
             for low, high in self.config.windows:
                 channels.append(((volumes - low) * (2 / (high - low)) - 1).clamp_(-1, 1))
-            return torch.cat(channels, dim=1)
+            return torch.cat(channels, 1)
         # [low, high] -> [-1, 1] -> (x - mean) / std, in one pass
         low, high = self.config.hu_range
         gain = 2 / (high - low) / self.config.std
@@ -476,8 +474,8 @@ class BrgSA(nn.Module):
         Data-dependent initialisation as of Kraehenbuehl et al. 2016.
         """
         pooled, _ = self.vision(self.normalise(volumes))
-        pairs = (self.vision_projection, pooled), (self.text_projection, self.text(texts))
-        for projection, features in pairs:
+        features_of = {self.vision_projection: pooled, self.text_projection: self.text(texts)}
+        for projection, features in features_of.items():
             projection.weight /= features.std(0) + 1e-3 * features.std()
             projection.bias.copy_(-projection.weight @ features.mean(0))
 
@@ -493,8 +491,7 @@ class BrgSA(nn.Module):
     @classmethod
     def from_pretrained(cls, directory):
         """Load what save_pretrained wrote, to evaluate; ValueError names the file that is wrong."""
-        directory = Path(directory)
-        path = directory / "config.json"
+        path = Path(directory) / "config.json"
         settings = _read_json(path)
         unknown = settings.keys() - {field.name for field in fields(Config)}
         if unknown or settings.get("version", 1) != Config.version:
@@ -505,7 +502,8 @@ class BrgSA(nn.Module):
         try:
             model.load_state_dict(weights)
         except RuntimeError as error:
-            path, reason = directory / "model.safetensors", str(error).splitlines()[1].strip()
+            reason = str(error).splitlines()[1].strip()
+            path = path.with_name("model.safetensors")
             raise ValueError(f"{path}: doesn't fit config.json: {reason}") from None
         return model.eval()
 
@@ -530,9 +528,8 @@ def joint_vectors(v, v_hat, t, t_hat, pairs=PAIRS[:2]):
     unit = {"v": v, "v_hat": v_hat, "t": t, "t_hat": t_hat}
     unit = {name: F.normalize(x, dim=-1) / len(pairs) ** 0.5 for name, x in unit.items()}
     sides = [pair.split("-") for pair in pairs]
-    images = torch.cat([unit[image] for image, _ in sides], dim=-1)
-    texts = torch.cat([unit[text] for _, text in sides], dim=-1)
-    return images, texts
+    images = torch.cat([unit[image] for image, _ in sides], -1)
+    return images, torch.cat([unit[text] for _, text in sides], -1)
 
 
 def default_device():
@@ -559,7 +556,8 @@ def write_atomically(path, content):
 
 def read_tokenizer(directory):
     """A directory's tokenizer.json, else its vocab.txt, as tokenizers.Tokenizer."""
-    path, vocabulary = Path(directory) / "tokenizer.json", Path(directory) / "vocab.txt"
+    path = Path(directory) / "tokenizer.json"
+    vocabulary = path.with_name("vocab.txt")
     try:
         if path.exists() or not vocabulary.exists():
             return Tokenizer.from_file(str(path))
@@ -576,24 +574,29 @@ def _read_json(path):
     try:
         return json.loads(path.read_text())
     except FileNotFoundError:
-        needed = "a folder with config.json, model.safetensors and tokenizer.json is needed"
-        raise ValueError(f"{path}: no such file; {needed}") from None
+        raise ValueError(
+            f"{path}: no such file; a folder with config.json, model.safetensors and "
+            "tokenizer.json is needed"
+        ) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not JSON ({error})") from None
 
 
 def _read_weights(directory):
-    path = directory / "model.safetensors"
+    path = Path(directory) / "model.safetensors"
     try:
         return load_file(path)
     except FileNotFoundError:
-        question = "has the training been run to its first checkpoint?"
-        raise ValueError(f"{path}: no such file; {question}") from None
+        raise ValueError(
+            f"{path}: no such file; has the training been run to its first checkpoint?"
+        ) from None
     except SafetensorError as error:
         raise ValueError(f"{path}: damaged ({error})") from None
 
 
 if __name__ == "__main__":
-    mend = "python convert.py official CHECKPOINT --tokenizer DIR --out DIR"
-    print(f"model.py: error: it is no command; to convert a checkpoint: {mend}", file=sys.stderr)
+    print(
+        "model.py: error: it is no command; to convert a checkpoint: "
+        "python convert.py official CHECKPOINT --tokenizer DIR --out DIR", file=sys.stderr
+    )
     sys.exit(2)
