@@ -148,9 +148,8 @@ def convert(checkpoint, tokenizer, out):
     tokenizer = read_tokenizer(tokenizer)
     parts, left_out = read_parts(checkpoint)
     try:
-        config = config_of(parts)
-        model = BrgSA(config, tokenizer)
-        parts["text"] = from_bert(parts["text"], config.text_depth, checkpoint)
+        model = BrgSA(config_of(parts), tokenizer)
+        parts["text"] = from_bert(parts["text"], model.config.text_depth, checkpoint)
         for part, weights in parts.items():
             getattr(model, part).load_state_dict(weights)
     except KeyError as error:

@@ -329,7 +329,7 @@ class TextEncoder(nn.Module):
         if n_pieces > rows:
             raise ValueError(f"the tokenizer has {n_pieces} pieces, the text encoder {rows}")
         tokenizer.enable_truncation(self.length)
-        tokenizer.enable_padding(pad_id=numbers["[PAD]"], pad_token="[PAD]")
+        tokenizer.enable_padding(pad_id=numbers["[PAD]"])
         self.tokenizer = tokenizer
         starts_word = torch.ones(rows)
         starts_word[[i for piece, i in numbers.items() if piece.startswith("##")]] = 0
@@ -337,10 +337,9 @@ class TextEncoder(nn.Module):
 
     def forward(self, texts):
         encodings = self.tokenizer.encode_batch([clean(text) for text in texts])
-        device = self.word_embeddings.weight.device
-        tokens = torch.tensor([encoding.ids for encoding in encodings], device=device)    # (B, T)
-        mask = [encoding.attention_mask for encoding in encodings]
-        mask = torch.tensor(mask, device=device)                                          # (B, T)
+        pairs = [(encoding.ids, encoding.attention_mask) for encoding in encodings]
+        pairs = torch.tensor(pairs, device=self.type_embedding.device)
+        tokens, mask = pairs.unbind(1)                                          # each (B, T)
         layers = self.hidden_states(tokens, mask)[-4:]
         n_words = (self.starts_word[tokens] * mask).sum(1, keepdim=True)
         return (sum(layers) * mask[..., None]).sum(1) / n_words                           # (B, C)
@@ -355,7 +354,7 @@ class TextEncoder(nn.Module):
         return states
 
     @classmethod
-    def from_huggingface(cls, directory, length=97):
+    def from_huggingface(cls, directory):
         """Load a BERT saved by transformers: config.json, model.safetensors, tokenizer or vocab."""
         path = Path(directory) / "config.json"
         config = _read_json(path)
@@ -366,7 +365,7 @@ class TextEncoder(nn.Module):
         weights = {name.removeprefix("bert."): tensor for name, tensor in weights.items()}
         encoder = cls(
             read_tokenizer(directory), config["vocab_size"], config["hidden_size"], depth,
-            config["num_attention_heads"], config["max_position_embeddings"], length,
+            config["num_attention_heads"], config["max_position_embeddings"],
         )
         encoder.load_state_dict(from_bert(weights, depth, directory))
         return encoder
@@ -374,28 +373,25 @@ class TextEncoder(nn.Module):
 
 # Our name in a block -> Hugging Face's within a layer; several are one matrix of ours.
 BERT_LAYER = {
-    "attn.qkv": ("attention.self.query", "attention.self.key", "attention.self.value"),
-    "attn.proj": ("attention.output.dense",),
-    "norm1": ("attention.output.LayerNorm",),
-    "mlp.fc1": ("intermediate.dense",),
-    "mlp.fc2": ("output.dense",),
-    "norm2": ("output.LayerNorm",),
+    "attn.qkv": "attention.self.query attention.self.key attention.self.value",
+    "attn.proj": "attention.output.dense",
+    "norm1": "attention.output.LayerNorm",
+    "mlp.fc1": "intermediate.dense",
+    "mlp.fc2": "output.dense",
+    "norm2": "output.LayerNorm",
 }
 
 
 def from_bert(weights, depth, where):
     """A Hugging Face BertModel's weights, renamed to TextEncoder's; ValueError names `where`."""
-    tables = {"norm": ("embeddings.LayerNorm",)}
+    tables = {"norm": ["embeddings.LayerNorm"]}
     for i in range(depth):
         for name, parts in BERT_LAYER.items():
-            tables[f"blocks.{i}.{name}"] = [f"encoder.layer.{i}.{part}" for part in parts]
-    embeddings = "embeddings.{}_embeddings.weight"
+            tables[f"blocks.{i}.{name}"] = [f"encoder.layer.{i}.{part}" for part in parts.split()]
     try:
-        state = {
-            "word_embeddings.weight": weights[embeddings.format("word")],
-            "position_embeddings.weight": weights[embeddings.format("position")],
-            "type_embedding": weights[embeddings.format("token_type")][0],
-        }
+        state = {"type_embedding": weights["embeddings.token_type_embeddings.weight"][0]}
+        for name in ("word_embeddings.weight", "position_embeddings.weight"):
+            state[name] = weights[f"embeddings.{name}"]
         for name, parts in tables.items():
             for kind in ("weight", "bias"):
                 state[f"{name}.{kind}"] = torch.cat([weights[f"{part}.{kind}"] for part in parts])
@@ -482,7 +478,7 @@ class BrgSA(nn.Module):
     def save_pretrained(self, directory):
         """Write config.json, tokenizer.json and model.safetensors, the weights last."""
         directory, state = Path(directory), self.state_dict()
-        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+        weights = {name: tensor.cpu().contiguous() for name, tensor in state.items()}
         config = json.dumps(asdict(self.config), indent=1)
         write_atomically(directory / "config.json", config.encode())
         write_atomically(directory / "tokenizer.json", self.text.tokenizer.to_str().encode())

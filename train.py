@@ -17,10 +17,11 @@ import hashlib
 import json
 import math
 import os
+import re
 import signal
 import sys
 import time
-from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
 from pathlib import Path
 
@@ -45,6 +46,7 @@ from model import (
     Config,
     TextEncoder,
     default_device,
+    read_tokenizer,
     train_tokenizer,
     zero_shot_scores,
 )
@@ -52,47 +54,77 @@ from report import evaluation_table
 
 # ---- 1. Settings ---------------------------------------------------------------------------------
 
-def setting(default, help):
-    """A field with its help on the command line."""
-    return field(default=default, metadata={"help": help})
-
-
 ON_GPU = torch.cuda.is_available()
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # of torchrun
 
 
 @dataclass
 class Settings:
-    """A training run; the defaults are the authors' (Adam, 39 epochs of batch 64)."""
-    manifest: str = setting("", "manifest.csv; without one the phantom is written and used")
-    summaries: str = setting("", "summaries.jsonl of the manifest's reports; none: the raw reports")
-    preset: str = setting("", "phantom or base; default: phantom without a manifest, else base")
-    out: str = setting("", "the run's folder; default: runs/PRESET")
-    resume: bool = setting(False, "go on with the run in --out, with its own settings")
-    vision: str = setting("", "vit, resnet18 or resnet34; default: the preset's")
-    text_checkpoint: str = setting("", "a Hugging Face BERT to start the text encoder from")
-    cache: str = setting("", "folder of prepared volumes; default: cache beside the manifest")
-    epochs: int = setting(39, "passes over the distinct reports")
-    batch: int = setting(64, "pairs in a batch, over all GPUs; each is the others' negative")
-    accumulate: int = setting(1, "batches in an optimiser step")
-    optimizer: str = setting("adam", "adam, adamw or muon (for the vision encoder's inner kernels)")
-    lr: float = setting(5e-5, "learning rate at its highest")
-    text_lr: float = setting(1.0, "the text encoder's learning rate, as a share of lr")
-    beta1: float = setting(0.5, "Adam's first")
-    beta2: float = setting(0.999, "Adam's second")
-    weight_decay: float = setting(1e-6, "of matrices; not of biases and norms")
-    schedule: str = setting("plateau", "plateau (halved when the held-out loss stalls) or cosine")
-    warmup: int = setting(0, "steps of linear warm-up")
-    clip: float = setting(0.25, "largest gradient norm")
-    alpha: float = setting(0.5, "weight of the reconstruction MSE")
-    beta: float = setting(1.0, "weight of InfoNCE(v, t)")
-    gamma: float = setting(1.0, "weight of InfoNCE(v_hat, t_hat)")
-    learn_scale: bool = setting(False, "learn InfoNCE's scale, else it stays 10")
-    bank_init: str = setting("orthogonal", "or gaussian, xavier, uniform, kmeans (of embeddings)")
-    bank_frozen: bool = setting(False, "keep the bank as it begins")
-    holdout: float = setting(0.05, "share of the patients held back, to choose the best model by")
-    seed: int = setting(0, "of everything random")
-    workers: int = setting(min(8, os.cpu_count()) if ON_GPU else 0, "processes that load volumes")
-    device: str = setting(default_device(), "cuda or cpu")
+    """A training run; the defaults are the authors' (Adam, 39 epochs of batch 64).
+
+    Each is an option of the command line, whose help is read from here:
+
+    manifest: manifest.csv; without one the phantom is written and used
+    summaries: summaries.jsonl of the manifest's reports; none: the raw reports
+    preset: phantom or base; default: phantom without a manifest, else base
+    out: the run's folder; default: runs/PRESET
+    resume: go on with the run in --out, with its own settings
+    vision: vit, resnet18 or resnet34; default: the preset's
+    text_checkpoint: a Hugging Face BERT to start the text encoder from
+    cache: folder of prepared volumes; default: cache beside the manifest
+    epochs: passes over the distinct reports
+    batch: pairs in a batch, over all GPUs; each is the others' negative
+    accumulate: batches in an optimiser step
+    optimizer: adam, adamw or muon (for the vision encoder's inner kernels)
+    lr: learning rate at its highest
+    text_lr: the text encoder's learning rate, as a share of lr
+    beta1: Adam's first
+    beta2: Adam's second
+    weight_decay: of matrices; not of biases and norms
+    schedule: plateau (halved when the held-out loss stalls) or cosine
+    warmup: steps of linear warm-up
+    clip: largest gradient norm
+    alpha: weight of the reconstruction MSE
+    beta: weight of InfoNCE(v, t)
+    gamma: weight of InfoNCE(v_hat, t_hat)
+    learn_scale: learn InfoNCE's scale, else it stays 10
+    bank_init: or gaussian, xavier, uniform, kmeans (of embeddings)
+    bank_frozen: keep the bank as it begins
+    holdout: share of the patients held back, to choose the best model by
+    seed: of everything random
+    workers: processes that load volumes
+    device: cuda or cpu
+    """
+    manifest: str = ""
+    summaries: str = ""
+    preset: str = ""
+    out: str = ""
+    resume: bool = False
+    vision: str = ""
+    text_checkpoint: str = ""
+    cache: str = ""
+    epochs: int = 39
+    batch: int = 64
+    accumulate: int = 1
+    optimizer: str = "adam"
+    lr: float = 5e-5
+    text_lr: float = 1.0
+    beta1: float = 0.5
+    beta2: float = 0.999
+    weight_decay: float = 1e-6
+    schedule: str = "plateau"
+    warmup: int = 0
+    clip: float = 0.25
+    alpha: float = 0.5
+    beta: float = 1.0
+    gamma: float = 1.0
+    learn_scale: bool = False
+    bank_init: str = "orthogonal"
+    bank_frozen: bool = False
+    holdout: float = 0.05
+    seed: int = 0
+    workers: int = min(8, os.cpu_count()) if ON_GPU else 0
+    device: str = default_device()
 
 
 SCHEDULES = {
@@ -104,13 +136,13 @@ SCHEDULES = {
         schedule="cosine", warmup=30, clip=1.0, alpha=0.02, holdout=0.1,
     ),
 }
-PHANTOM = dict(train=800, valid=240, seed=0, masks=True)
+PHANTOM = dict(train=800, valid=240, masks=True)
 PHANTOM_FOLDER = Path("runs/phantom-data")
 
 
-def phantom_manifest(folder=PHANTOM_FOLDER):
+def phantom_manifest():
     """Write the phantom where it is absent or unfinished; returns its manifest, both splits."""
-    manifest = folder / "manifest.csv"
+    folder, manifest = PHANTOM_FOLDER, PHANTOM_FOLDER / "manifest.csv"
     if not (folder / "phantom.json").exists():
         phantom.write(folder, **PHANTOM)
     if not manifest.exists():
@@ -119,30 +151,32 @@ def phantom_manifest(folder=PHANTOM_FOLDER):
     return manifest
 
 
-def phantom_summaries(device="cpu", folder=PHANTOM_FOLDER):
+def phantom_summaries(device="cpu"):
     """Summarize the phantom's reports by the small language model -> summaries.jsonl's path."""
-    out = folder / "summaries.jsonl"
-    summarize.run(summarize.SMALL_CHECKPOINT, folder / "manifest.csv", out, device=device)
+    manifest, out = PHANTOM_FOLDER / "manifest.csv", PHANTOM_FOLDER / "summaries.jsonl"
+    summarize.run(summarize.SMALL_CHECKPOINT, manifest, out, device=device)
     return str(out)
 
 
 def model_config(settings):
     """The preset's Config with the run's own choices."""
-    config = Config(**PRESETS[settings.preset])
+    own = {"learn_scale": settings.learn_scale}
+    if settings.vision:
+        own["vision"] = settings.vision
     if settings.text_checkpoint:
         text = TextEncoder.from_huggingface(settings.text_checkpoint)
-        config = replace(
-            config, vocabulary=text.word_embeddings.num_embeddings, text_width=text.width,
-            text_depth=len(text.blocks), text_heads=text.blocks[0].attn.heads,
-            text_positions=text.position_embeddings.num_embeddings,
-        )
+        own |= {
+            "vocabulary": text.word_embeddings.num_embeddings,
+            "text_width": text.width,
+            "text_depth": len(text.blocks),
+            "text_heads": text.blocks[0].attn.heads,
+            "text_positions": text.position_embeddings.num_embeddings,
+        }
     if settings.bank_init != "kmeans":
-        config = replace(config, bank_init=settings.bank_init)
-    is_phantom = (Path(settings.manifest).parent / "phantom.json").exists()
-    return replace(
-        config, vision=settings.vision or config.vision, learn_scale=settings.learn_scale,
-        trained_on="phantom" if is_phantom else "",
-    )
+        own["bank_init"] = settings.bank_init
+    if Path(settings.manifest).with_name("phantom.json").exists():
+        own["trained_on"] = "phantom"
+    return Config(**PRESETS[settings.preset] | own)
 
 
 # ---- 2. Batches ----------------------------------------------------------------------------------
@@ -152,8 +186,8 @@ def training_rows(rows, holdout):
 
     Whole patients are held back, chosen by their names' hash.
     """
-    split = "train" if any(row.split == "train" for row in rows) else ""
-    rows = [row for row in rows if row.split == split]
+    named = [row for row in rows if row.split == "train"]
+    rows = named or [row for row in rows if not row.split]
     if not rows:
         raise ValueError("the manifest has no row of split train, nor one without a split")
     patients = {row.patient for row in rows}
@@ -164,6 +198,7 @@ def training_rows(rows, holdout):
     return parts
 
 
+@dataclass
 class BatchKeys:
     """Batches of keys (epoch, item) from batch number `first` on: a new shuffle each epoch.
 
@@ -171,10 +206,17 @@ class BatchKeys:
     batch is left out: its negatives would be fewer.
     """
 
-    def __init__(self, n_items, batch, epochs, seed, first=0, rank=0, world=1):
-        self.n_items, self.batch, self.epochs, self.seed = n_items, batch, epochs, seed
-        self.first, self.rank, self.world = first, rank, world
-        self.per_epoch = n_items // batch
+    n_items: int
+    batch: int
+    epochs: int
+    seed: int
+    first: int = 0
+    rank: int = 0
+    world: int = 1
+
+    @property
+    def per_epoch(self):
+        return self.n_items // self.batch
 
     def __len__(self):
         return self.per_epoch * self.epochs - self.first
@@ -188,7 +230,7 @@ class BatchKeys:
 
 
 def collate(pairs):
-    """Pairs (volume, text) -> volumes (B, 1, x, y, z), list of texts."""
+    """Pairs (volume, text) -> (volumes (B, 1, x, y, z), list of texts)."""
     volumes, texts = zip(*pairs)
     return torch.stack(volumes), list(texts)
 
@@ -214,7 +256,8 @@ def orthogonal(matrix, steps=5):
     All factors are polynomials of the first x x', so they are multiplied there, on the shorter side
     squared, and meet x once.
     """
-    x = matrix.mT if matrix.shape[0] > matrix.shape[1] else matrix
+    tall = matrix.shape[0] > matrix.shape[1]
+    x = matrix.mT if tall else matrix
     norm = x.norm() + 1e-12
     one = torch.eye(len(x), device=x.device)
     square, product = x @ x.mT / norm**2, one / norm
@@ -222,7 +265,7 @@ def orthogonal(matrix, steps=5):
         factor = 3.4445 * one - 4.7750 * square + 2.0315 * square @ square
         square, product = factor @ square @ factor, factor @ product
     x = product @ x
-    return x.mT if matrix.shape[0] > matrix.shape[1] else x
+    return x.mT if tall else x
 
 
 class Muon(torch.optim.AdamW):
@@ -255,13 +298,12 @@ def make_optimizer(model, settings):
         raise ValueError(f"optimizer is '{settings.optimizer}'; adam, adamw or muon is needed")
     text = {*model.text.parameters(), *model.text_projection.parameters()}
     inner = set(model.vision.blocks.parameters()) if settings.optimizer == "muon" else set()
-    by_kind = {}
+    by_kind, groups = {}, []
     for weight in model.parameters():
         if weight.requires_grad:
             is_matrix = weight.ndim > 1
             kind = weight in text, is_matrix, is_matrix and weight in inner
             by_kind.setdefault(kind, []).append(weight)
-    groups = []
     for (is_text, is_matrix, is_inner), weights in sorted(by_kind.items()):
         groups.append({
             "params": weights,
@@ -269,8 +311,7 @@ def make_optimizer(model, settings):
             "weight_decay": settings.weight_decay if is_matrix else 0.0,
             "inner": is_inner,
         })
-    betas = settings.beta1, settings.beta2
-    return kinds[settings.optimizer](groups, lr=settings.lr, betas=betas)
+    return kinds[settings.optimizer](groups, settings.lr, (settings.beta1, settings.beta2))
 
 
 def learning_rate(settings, step, steps):
@@ -307,104 +348,106 @@ def keep_freed_memory():
 class Run:
     """What a training run works with, from set_up to the last save."""
     settings: Settings
-    rank: int
     device: torch.device
-    cache: data.Cache
     pairs: data.ReportVolumes
+    batch: int              # pairs in a batch, so that every rank has as many
     held_out: list          # rows, and their texts
     held_texts: list
     model: BrgSA
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    plateau: object         # a ReduceLROnPlateau, or None
+    plateau: torch.optim.lr_scheduler.ReduceLROnPlateau
     progress: dict          # step, best score, and what the plateau schedule has come to
 
     @property
     def out(self):
         return Path(self.settings.out)
 
-    @property
-    def state_file(self):
-        return self.out / "state" / "last.safetensors"
+
+def state_file(settings):
+    """Where a run's last state is kept."""
+    return Path(settings.out) / "state" / "last.safetensors"
 
 
-def set_up(settings, rank, world):
+def set_up(settings):
     """The Run: from its last state where it has one, else from the beginning."""
     index = int(os.environ.get("LOCAL_RANK", 0)) if settings.device == "cuda" else None
     device = torch.device(settings.device, index)
     torch.manual_seed(settings.seed)
     config = model_config(settings)
-    summaries = data.read_summaries(settings.summaries) if settings.summaries else {}
-    cache = data.Cache.for_config(cache_folder(settings), config)
-
-    rows, held_out = prepared_rows(settings, cache, rank, world)
-    pairs = data.ReportVolumes(rows, cache, summaries, config.crop, seed=settings.seed)
-    if min(settings.batch, len(pairs)) // world * world < 2:
+    pairs, held_out, held_texts = training_data(settings, config)
+    batch = min(settings.batch, len(pairs)) // WORLD * WORLD
+    if batch < 2:
         raise ValueError(
             f"{settings.manifest}: {len(pairs)} distinct reports to train on; at least two are "
             "needed, and one for each GPU"
         )
-    held_texts = []
-    for row in held_out:
-        parts = data.sentences(data.text_of(row, summaries))
-        held_texts.append(" ".join(parts[:pairs.n_sentences]))
-
-    # Model and optimiser.
-    resuming = (Path(settings.out) / "state" / "last.safetensors").exists()
+    resuming = state_file(settings).exists()
     model = new_model(settings, config, pairs, device, resuming)
     model.bank.weight.requires_grad_(not settings.bank_frozen)
-    optimizer, plateau = make_optimizer(model, settings), None
-    if settings.schedule == "plateau":
-        plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=5)
-    has_scaler = mixed_precision(device) == torch.float16
-    scaler = torch.amp.GradScaler(device.type, enabled=has_scaler)
-    run = Run(
-        settings, rank, device, cache, pairs, held_out, held_texts, model, optimizer, scaler,
-        plateau, {"step": 0, "best": None, "lr_factor": 1.0, "plateau": None},
-    )
+    optimizer = make_optimizer(model, settings)
+    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=5)
+    scaler = torch.amp.GradScaler(device.type, enabled=mixed_precision(device) == torch.float16)
+    progress = {"step": 0, "best": None, "lr_factor": 1.0, "plateau": None}
     if resuming:
-        run.progress = load_state(run.state_file, model, optimizer, scaler)
-        if plateau and run.progress["plateau"]:
-            plateau.load_state_dict(run.progress["plateau"])
-    return run
+        progress = load_state(state_file(settings), model, optimizer, scaler)
+        if progress["plateau"]:
+            plateau.load_state_dict(progress["plateau"])
+    return Run(
+        settings, device, pairs, batch, held_out, held_texts, model, optimizer, scaler, plateau,
+        progress,
+    )
 
 
-def prepared_rows(settings, cache, rank, world):
-    """(rows to train on, rows held back) that are in the cache, which rank 0 fills."""
+def training_data(settings, config):
+    """(training pairs, rows held back, the texts of these).
+
+    Rank 0 prepares the volumes; those that can't be read are left out.
+    """
+    summaries = data.read_summaries(settings.summaries) if settings.summaries else {}
+    cache = volume_cache(settings, config)
     rows, held_out = training_rows(data.read_manifest(settings.manifest), settings.holdout)
-    if rank == 0:
+    if RANK == 0:
         data.prepare(rows + held_out, cache)
-    if world > 1:
-        dist.barrier()
+    wait_for_all()
     rows = [row for row in rows if cache.holds(row)]
-    return rows, [row for row in held_out if cache.holds(row) and row.report]
+    held_out = [row for row in held_out if cache.holds(row) and row.report]
+    pairs = data.ReportVolumes(rows, cache, summaries, config.crop, seed=settings.seed)
+    texts = []
+    for row in held_out:
+        parts = data.sentences(data.text_of(row, summaries))
+        texts.append(" ".join(parts[:pairs.n_sentences]))
+    return pairs, held_out, texts
 
 
-def cache_folder(settings):
-    """Where the prepared volumes lie."""
-    return settings.cache or Path(settings.manifest).parent / "cache"
+def wait_for_all():
+    """Let every rank come to this point."""
+    if WORLD > 1:
+        dist.barrier()
+
+
+def volume_cache(settings, config):
+    """The cache of volumes as a model's config wants them."""
+    folder = settings.cache or Path(settings.manifest).with_name("cache")
+    return data.Cache.for_config(folder, config)
 
 
 def new_model(settings, config, pairs, device, resuming):
     """The model as it begins; on resumption its weights are still to be loaded."""
-    text_encoder = None
     if resuming:
-        tokenizer = BrgSA.from_pretrained(settings.out).text.tokenizer
-    elif settings.text_checkpoint:
-        text_encoder = TextEncoder.from_huggingface(settings.text_checkpoint)
-        tokenizer = text_encoder.tokenizer
+        return BrgSA(config, read_tokenizer(settings.out)).to(device)
+    if settings.text_checkpoint:
+        text = TextEncoder.from_huggingface(settings.text_checkpoint)
+        model = BrgSA(config, text.tokenizer)
+        model.text = text
     else:
         texts = [sentence for _, text in pairs.items for sentence in text]
-        tokenizer = train_tokenizer(texts, config.vocabulary)
-    model = BrgSA(config, tokenizer)
-    if text_encoder:
-        model.text.load_state_dict(text_encoder.state_dict())
-    model.to(device).train()
-    if not resuming:
-        volumes, texts = collate([pairs[0, item] for item in range(min(len(pairs), 64))])
-        model.initialise(volumes.to(device), texts)
-        if settings.bank_init == "kmeans":
-            model.bank.reset(first_entries(model, pairs, settings.batch, device))
+        model = BrgSA(config, train_tokenizer(texts, config.vocabulary))
+    model.to(device)
+    volumes, texts = collate([pairs[0, item] for item in range(min(len(pairs), 64))])
+    model.initialise(volumes.to(device), texts)
+    if settings.bank_init == "kmeans":
+        model.bank.reset(first_entries(model, pairs, settings.batch, device))
     return model
 
 
@@ -426,31 +469,37 @@ def first_entries(model, pairs, batch, device):
 
 def train(settings):
     """Train as settings say, in settings.out; True when the last step was made, else stopped."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    run = set_up(settings, rank, world)
-    log = start_log(run) if rank == 0 else None
-    loader, per_epoch, steps = batches(run, world)
-    parallel = in_parallel(run) if world > 1 else run.model
-    signals, sums, saved_at = stop_at_signal(), {}, time.monotonic()
+    run, log = set_up(settings), None
     first = run.progress["step"]
-    bar = tqdm(range(first, steps), "train", steps, initial=first, unit="step", disable=rank > 0)
+    if RANK == 0:
+        record = json.dumps(asdict(settings), indent=1)
+        data.write_atomically(run.out / "state" / "settings.json", record.encode())
+        log = Log(run.out / "log.jsonl", first)
+    loader, per_epoch, steps = batches(run)
+    parallel = run.model
+    if WORLD > 1:
+        parallel = torch.nn.parallel.DistributedDataParallel(run.model)
+
+    signals, losses, saved_at = stop_at_signal(), {}, time.monotonic()
+    bar = tqdm(range(first, steps), "train", steps, initial=first, unit="step", disable=not log)
     for step in bar:
         # one optimiser step
         lr = learning_rate(settings, step, steps) * run.progress["lr_factor"]
-        training_step(run, parallel, loader, lr, sums)
-        run.progress["step"] = step + 1
+        training_step(run, parallel, loader, lr, losses)
+        done = step + 1
+        run.progress["step"] = done
 
         # every tenth step: the mean of the losses since the last
-        last = step + 1 == steps
-        if (step + 1) % 10 == 0 or last:
-            report_step(run, log, bar, lr, sums, n=((step % 10) + 1) * settings.accumulate)
-            sums = {}
+        last = done == steps
+        if last or done % 10 == 0:
+            report_step(run, log, bar, lr, losses)
+            losses.clear()
 
         # every epoch: validate, keep the best model; then and now and then: save all
-        epoch_ends = last or (step + 1) % per_epoch == 0
+        epoch_ends = last or done % per_epoch == 0
         if epoch_ends:
-            end_epoch(run, log, lr, (step + 1) / per_epoch)
-        if epoch_ends or signals or time.monotonic() - saved_at > 900:
+            end_epoch(run, log, lr, done / per_epoch)
+        if log and (epoch_ends or signals or time.monotonic() - saved_at > 900):
             save_state(run)
             saved_at = time.monotonic()
         if signals:
@@ -458,69 +507,55 @@ def train(settings):
     return True
 
 
-def start_log(run):
-    """The run's log; its settings are written beside it."""
-    record = json.dumps(asdict(run.settings), indent=1)
-    data.write_atomically(run.out / "state" / "settings.json", record.encode())
-    return Log(run.out / "log.jsonl", run.progress["step"])
-
-
-def in_parallel(run):
-    """The model on several GPUs (or processes): each takes its part of a batch."""
-    devices = [run.device] if run.device.type == "cuda" else None
-    return torch.nn.parallel.DistributedDataParallel(run.model, device_ids=devices)
-
-
-def batches(run, world):
+def batches(run):
     """(an iterator of batches from the run's step on, steps in an epoch, steps in all)."""
     settings = run.settings
-    batch = min(settings.batch, len(run.pairs)) // world * world
     first = run.progress["step"] * settings.accumulate
     keys = BatchKeys(
-        len(run.pairs), batch, settings.epochs, settings.seed, first, run.rank, world
+        len(run.pairs), run.batch, settings.epochs, settings.seed, first, RANK, WORLD
     )
     loader = torch.utils.data.DataLoader(
         run.pairs, batch_sampler=keys, num_workers=settings.workers, collate_fn=collate,
-        pin_memory=run.device.type == "cuda", persistent_workers=settings.workers > 0,
+        pin_memory=settings.device == "cuda",
     )
     per_epoch = max(1, keys.per_epoch // settings.accumulate)
     return iter(loader), per_epoch, keys.per_epoch * settings.epochs // settings.accumulate
 
 
-def training_step(run, parallel, loader, lr, sums):
-    """One optimiser step over `accumulate` batches; adds the losses to sums, by name."""
+def training_step(run, parallel, loader, lr, losses):
+    """One optimiser step over `accumulate` batches; appends to losses, lists by name."""
     settings, amp = run.settings, mixed_precision(run.device)
     for group in run.optimizer.param_groups:
         group["lr"] = lr * group["share"]
     for _ in range(settings.accumulate):
         volumes, texts = next(loader)
-        with torch.autocast(run.device.type, amp, enabled=amp is not None):
+        with torch.autocast(run.device.type, amp, amp is not None):
             embeddings = parallel(volumes.to(run.device, non_blocking=True), texts)
         weights = settings.alpha, settings.beta, settings.gamma, run.model.scale
         loss, parts = alignment_loss(*gathered(embeddings), *weights)
         run.scaler.scale(loss / settings.accumulate).backward()
         for name, value in {"total": loss, **parts}.items():
-            sums[name] = sums.get(name, 0.0) + value.detach()
+            losses.setdefault(name, []).append(value.detach())
     run.scaler.unscale_(run.optimizer)
     torch.nn.utils.clip_grad_norm_(run.model.parameters(), settings.clip)
     run.scaler.step(run.optimizer)
     run.scaler.update()
-    run.optimizer.zero_grad(set_to_none=True)
+    run.optimizer.zero_grad()
 
 
-def report_step(run, log, bar, lr, sums, n):
-    """Show and log the losses' means over n batches; a loss that isn't finite ends the run."""
+def report_step(run, log, bar, lr, losses):
+    """Show and log the mean losses; a loss that isn't finite ends the run."""
+    means = {name: float(sum(values)) / len(values) for name, values in losses.items()}
     step, best = run.progress["step"], run.progress["best"]
-    means = {name: float(value) / n for name, value in sums.items()}
     if not math.isfinite(means["total"]):
         raise ValueError(
             f"{run.out}: the loss is {means['total']} at step {step}; a smaller --lr may help, "
             "--resume goes on from the last save"
         )
-    shown = {"loss": f"{means['total']:.3f}"}
+    shown = f"loss={means['total']:.3f}"
     if best is not None:
-        shown["best"] = f"{best:.3f}"
-    bar.set_postfix(shown, refresh=False)
+        shown += f", best={best:.3f}"
+    bar.set_postfix_str(shown, refresh=False)
     if log:
         log.write(step=step, lr=lr, **means)
 
@@ -528,10 +563,9 @@ def report_step(run, log, bar, lr, sums, n):
 def end_epoch(run, log, lr, epoch):
     """Validate; let the plateau schedule learn of it, and keep the model where it is the best."""
     progress, valid = run.progress, validate(run)  # on every rank, so that all agree on the rate
-    if run.plateau and valid:
+    if run.settings.schedule == "plateau" and valid:
         run.plateau.step(valid["loss"])
-        factor = run.optimizer.param_groups[0]["lr"] / lr
-        progress["lr_factor"] *= factor
+        progress["lr_factor"] *= run.optimizer.param_groups[0]["lr"] / lr
         progress["plateau"] = run.plateau.state_dict()
     if log:
         log.write(step=progress["step"], epoch=epoch, valid=valid)
@@ -548,13 +582,13 @@ def validate(run):
     if not rows:
         return {}
     model.eval()
-    v = evaluate.embed_volumes(model, rows, run.cache, run.device)
+    v = evaluate.embed_volumes(model, rows, run.pairs.cache, run.device)
     t = evaluate.embed_texts(model, run.held_texts)
     v_hat, t_hat = evaluate.bridge(model, v), evaluate.bridge(model, t)
     weights = settings.alpha, settings.beta, settings.gamma, model.scale.item()
     total, n_batches = 0.0, math.ceil(len(v) / settings.batch)
     for i in range(n_batches):
-        part = torch.arange(len(v))[i::n_batches]
+        part = torch.arange(i, len(v), n_batches)
         loss, _ = alignment_loss(v[part], t[part], v_hat[part], t_hat[part], *weights)
         total += loss * len(part)
     result, classes = {"loss": float(total / len(v))}, data.classes_of(rows)
@@ -594,16 +628,13 @@ def stop_at_signal():
 # ---- 6. Saved state, log and curves --------------------------------------------------------------
 
 def save_state(run):
-    """Rank 0: the last model, the optimiser and the progress (JSON) in one safetensors file."""
-    if run.rank > 0:
-        return
+    """The last model, the optimiser and the progress (JSON) in one safetensors file, atomically."""
     tensors = {f"model.{name}": tensor for name, tensor in run.model.state_dict().items()}
     for i, state in run.optimizer.state_dict()["state"].items():
-        for name, value in state.items():
-            tensors[f"optimizer.{i}.{name}"] = torch.as_tensor(value)
-    tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+        tensors |= {f"optimizer.{i}.{name}": tensor for name, tensor in state.items()}
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     progress = json.dumps(run.progress | {"scaler": run.scaler.state_dict()})
-    data.write_atomically(run.state_file, save(tensors, {"progress": progress}))
+    data.write_atomically(state_file(run.settings), save(tensors, {"progress": progress}))
 
 
 def load_state(path, model, optimizer, scaler):
@@ -613,8 +644,9 @@ def load_state(path, model, optimizer, scaler):
             progress = json.loads(file.metadata()["progress"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except SafetensorError as error:
-        lost = "without it the run can't be resumed"
-        raise ValueError(f"{path}: damaged ({error}); {lost}") from None
+        raise ValueError(
+            f"{path}: damaged ({error}); without it the run can't be resumed"
+        ) from None
     weights, states = {}, {}
     for name, tensor in tensors.items():
         part, name = name.split(".", 1)
@@ -624,8 +656,7 @@ def load_state(path, model, optimizer, scaler):
             i, key = name.split(".")
             states.setdefault(int(i), {})[key] = tensor
     model.load_state_dict(weights)
-    groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": states, "param_groups": groups})
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": states})
     scaler.load_state_dict(progress["scaler"])
     return progress
 
@@ -651,22 +682,20 @@ class Log:
 
 def plot_curves(log, path):
     """The losses over the steps, and the zero-shot macro AUROC of held-out patients, as a PNG."""
-    train = [line for line in log.lines if "total" in line]
-    valid = [line for line in log.lines if line.get("valid")]
-    scored = [line for line in valid if "macro_auroc" in line["valid"]]
+    lines = [line | line.get("valid", {}) for line in log.lines]
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
 
-    def plot(axes, lines, values, *style, **more):
-        axes.plot([line["step"] for line in lines], values, *style, linewidth=1, **more)
+    def plot(axes, name, *style, label=None):
+        points = [(line["step"], line[name]) for line in lines if name in line]
+        axes.plot(*numpy.reshape(points, (-1, 2)).T, *style, linewidth=1, label=label)
 
     for name in ("total", "mse", "info_nce", "info_nce_hat"):
-        plot(left, train, [line[name] for line in train], label=name)
-    losses = [line["valid"]["loss"] for line in valid]
-    plot(left, valid, losses, "k.--", label="total, held out")
+        plot(left, name, label=name)
+    plot(left, "loss", "k.--", label="total, held out")
     left.set(xlabel="step", ylabel="loss", ylim=(0, None))
     left.legend(frameon=False)
-    plot(right, scored, [line["valid"]["macro_auroc"] for line in scored], "o-")
+    plot(right, "macro_auroc", "o-")
     right.axhline(0.5, color="grey", linewidth=0.8)
     right.set(xlabel="step", ylabel="zero-shot macro AUROC, held-out patients", ylim=(0.4, 1))
     temporary = path.with_suffix(".tmp.png")
@@ -682,8 +711,8 @@ def save_reference(settings):
     Against them one scan's scores are ranked.
     """
     model = BrgSA.from_pretrained(settings.out).to(settings.device)
-    cache = data.Cache.for_config(cache_folder(settings), model.config)
-    rows, _ = training_rows(data.read_manifest(settings.manifest), 0.0)
+    cache = volume_cache(settings, model.config)
+    rows, _ = training_rows(data.read_manifest(settings.manifest), 0)
     rows = [row for row in rows if cache.holds(row)]
     v = evaluate.embed_volumes(model, rows, cache, settings.device)
     content = save({"v": v, "v_hat": evaluate.bridge(model, v)})
@@ -692,19 +721,17 @@ def save_reference(settings):
 
 def finish(settings):
     """Evaluate the best model on the manifest's test split, where it has one with labels."""
-    out, evaluated = settings.out, ""
-    splits = {row.split for row in data.read_manifest(settings.manifest) if row.labels}
-    split = next((name for name in ("test", "valid", "validation") if name in splits), None)
-    if split:
+    out, places = settings.out, f"the model, its curves and its log: {settings.out}/   "
+    labelled = {row.split for row in data.read_manifest(settings.manifest) if row.labels}
+    splits = [name for name in ("test", "valid", "validation") if name in labelled]
+    if splits:
         result = evaluate.evaluate(
-            out, settings.manifest, split, Path(out) / "evaluation", pairs=scored_pairs(settings),
-            cache=settings.cache or None, device=settings.device,
-            summaries=settings.summaries or None,
+            out, settings.manifest, splits[0], pairs=scored_pairs(settings), cache=settings.cache,
+            device=settings.device, summaries=settings.summaries,
         )
         print(evaluation_table(result))
-        evaluated = f"the evaluation: {out}/evaluation/report.html"
-    print(f"\nthe model, its curves and its log: {out}/   {evaluated}")
-    print(f"one scan: python evaluate.py {out} --volume scan.nii.gz")
+        places += f"the evaluation: {out}/evaluation/report.html"
+    print(f"\n{places}\none scan: python evaluate.py {out} --volume scan.nii.gz")
 
 
 def parse(argv=None):
@@ -715,37 +742,37 @@ def parse(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    helps = dict(re.findall(r"^    (\w+): (.+)$", Settings.__doc__, re.M))
     for item in fields(Settings):
-        option, default = f"--{item.name.replace('_', '-')}", ""
-        if item.default not in ("", False, MISSING):
-            default = f" (default {item.default})"
+        option, text = f"--{item.name.replace('_', '-')}", helps[item.name]
+        if item.default not in ("", False):
+            text += f" (default {item.default})"
         kind = {"type": item.type, "metavar": item.type.__name__.upper()}
         if item.type is bool:
             kind = {"action": "store_true"}
-        text = item.metadata["help"] + default
         parser.add_argument(option, default=argparse.SUPPRESS, help=text, **kind)
     typed = vars(parser.parse_args(argv))
     preset = typed.get("preset") or ("base" if typed.get("manifest") else "phantom")
     if preset not in PRESETS:
         raise ValueError(f"there is no preset '{preset}'; there are: {', '.join(PRESETS)}")
-    chosen = {"preset": preset, "out": f"runs/{preset}", **typed}
-    settings = Settings(**SCHEDULES[preset] | chosen)
+    own = {"preset": preset, "out": f"runs/{preset}", **typed}
+    settings = Settings(**SCHEDULES[preset] | own)
     record = Path(settings.out) / "state" / "settings.json"
     if not record.exists():
         return settings
     if not settings.resume:
-        mend = "--resume goes on with it, --out names another folder"
-        raise ValueError(f"{settings.out}: holds a run already; {mend}")
-    may_change = ("out", "device", "workers", "resume")
-    changed = {name: typed[name] for name in may_change if name in typed}
+        raise ValueError(
+            f"{settings.out}: holds a run already; --resume goes on with it, "
+            "--out names another folder"
+        )
+    changed = {name: typed[name] for name in typed.keys() & {"out", "device", "workers", "resume"}}
     return Settings(**json.loads(record.read_text()) | changed)
 
 
 def main(argv=None):
     """Train, then evaluate; the exit status, 130 where it was stopped."""
     settings = parse(argv)
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if world > 1 and not dist.is_initialized():
+    if WORLD > 1 and not dist.is_initialized():
         # The others wait while rank 0 prepares volumes, which may take long.
         backend = "nccl" if settings.device == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(hours=24))
@@ -753,10 +780,9 @@ def main(argv=None):
         keep_freed_memory()
     if not settings.manifest:
         settings.manifest = str(PHANTOM_FOLDER / "manifest.csv")
-        if rank == 0:
+        if RANK == 0:
             phantom_manifest()
-        if world > 1:
-            dist.barrier()
+        wait_for_all()
         settings.summaries = settings.summaries or phantom_summaries(settings.device)
     if settings.summaries == "none":
         settings.summaries = ""
@@ -764,7 +790,7 @@ def main(argv=None):
     if not train(settings):
         print(f"stopped; python train.py --out {settings.out} --resume goes on", file=sys.stderr)
         return 130
-    if rank == 0:
+    if RANK == 0:
         save_reference(settings)
         finish(settings)
     return 0
@@ -774,6 +800,5 @@ if __name__ == "__main__":
     try:
         sys.exit(data.run_command(main))
     except KeyboardInterrupt:
-        mend = "the same command with --resume goes on"
-        print(f"train.py: stopped; {mend}", file=sys.stderr)
+        print("train.py: stopped; the same command with --resume goes on", file=sys.stderr)
         sys.exit(130)
