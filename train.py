@@ -474,6 +474,8 @@ def train(settings):
     if RANK == 0:
         record = json.dumps(asdict(settings), indent=1)
         data.write_atomically(run.out / "state" / "settings.json", record.encode())
+        tokenizer = run.model.text.tokenizer.to_str()  # so that even the first epoch can be resumed
+        data.write_atomically(run.out / "tokenizer.json", tokenizer.encode())
         log = Log(run.out / "log.jsonl", first)
     loader, per_epoch, steps = batches(run)
     parallel = run.model

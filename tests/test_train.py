@@ -237,6 +237,27 @@ def test_a_killed_run_resumes_to_the_same_weights(tmp_path, optimizer):
     ]
 
 
+def test_a_run_stopped_within_its_first_epoch_resumes_to_the_same_weights(tmp_path, monkeypatch):
+    easy_manifest(tmp_path)
+    arguments = "--batch", 4, "--epochs", 2
+    assert run(tmp_path, *arguments, out="whole") == 0
+    signals, learning_rate = [], train.learning_rate
+
+    def stop_in_ninth_step(settings, step, steps):
+        signals.extend([signal.SIGTERM] * (step == 8))
+        return learning_rate(settings, step, steps)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "stop_at_signal", lambda: signals)
+        patch.setattr(train, "learning_rate", stop_in_ninth_step)
+        assert run(tmp_path, *arguments) == 130
+    assert run(tmp_path, "--resume") == 0
+    whole = load_file(tmp_path / "whole" / "state" / "last.safetensors")
+    resumed = load_file(tmp_path / "run" / "state" / "last.safetensors")
+    for name in whole:
+        assert torch.allclose(whole[name], resumed[name], rtol=1e-3, atol=1e-4), name
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_leaves_a_resumable_run(tmp_path, number):
     easy_manifest(tmp_path, 40)
