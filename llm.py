@@ -700,7 +700,7 @@ class Chat:
     is encoded as plain text, so that no token of the user's text can end its turn or open another.
     Raises ValueError, naming the file, where tokenizer or template can't be used.
     """
-    PLACE = "\uE000text\uE000"
+    PLACE = "\uE000report\uE000"  # part of the prompt whose hash stands in summaries.jsonl
 
     def __init__(self, directory, system="", examples=(), plain_template=PLAIN_TEMPLATE):
         self.tokenizer, self.plain, self.special = read_tokenizers(directory)
