@@ -443,14 +443,8 @@ def ct_rate_manifest(root, split, release=None):
     for volume, report in reports.items():
         if volume in excluded or volume.removesuffix(".nii.gz") in excluded:
             continue
-        about = {}
-        if metadata is not None:
-            if volume not in metadata:
-                lack = f"has no row for {volume}, without which its HU are unknown"
-                raise ValueError(f"{root}: the metadata {lack}")
-            about = metadata[volume]
         text, known = _report_text(report), labels.get(volume, {})
-        rows.append(_ct_rate_row(volume, volumes, split, text, about, known))
+        rows.append(_ct_rate_row(volume, volumes, split, text, metadata, known))
     return rows
 
 
@@ -465,13 +459,17 @@ def _ct_rate_labels(root, split):
     return labels
 
 
-def _ct_rate_row(volume, folder, split, report, about, labels):
-    """The Row of a volume such as valid_1_a_1.nii.gz; about: its line of the metadata."""
+def _ct_rate_row(volume, folder, split, report, metadata, labels):
+    """The Row of a volume such as valid_1_a_1.nii.gz; metadata: lines by volume, or None."""
     match = re.fullmatch(r"((\w+?_\d+)_[a-z]+)_\d+\.nii\.gz", volume)
     if not match:
         form = "CT-RATE's are named like valid_1_a_1.nii.gz"
-        raise ValueError(f"{folder}: the reports name a volume '{volume}'; {form}")
+        raise ValueError(f"{folder.parent}: the reports name a volume '{volume}'; {form}")
     scan, patient = match.groups()
+    about = {} if metadata is None else metadata.get(volume)
+    if about is None:
+        lack = f"has no row for {volume}, without which its HU are unknown"
+        raise ValueError(f"{folder.parent}: the metadata {lack}")
     slope = _number(about.get("RescaleSlope"), volume, "slope")
     intercept = _number(about.get("RescaleIntercept"), volume, "intercept")
     z = _number(about.get("ZSpacing"), volume, "ZSpacing")
@@ -661,14 +659,16 @@ def prepare(rows, cache, workers=None):
     """
     todo = [row for row in rows if not cache.holds(row)]
     if todo:
-        size = len(todo) * int(numpy.prod(cache.settings["shape_out"])) * 2
-        free = shutil.disk_usage(cache.folder).free
-        needed = f"{size / 2**30:.2f} GiB, {free / 2**30:.2f} GiB free in {cache.folder}"
+        size = len(todo) * int(numpy.prod(cache.settings["shape_out"])) * 2 / 2**30
+        free = shutil.disk_usage(cache.folder).free / 2**30
+        room = f"{size:.2f} GiB, {free:.0f} GiB free in {cache.folder}"
+        print(f"{len(todo)} of {len(rows)} volumes to prepare: {room}", file=sys.stderr)
         if size > free:
-            raise ValueError(f"the disk is too small for {len(todo)} volumes: {needed}")
-        print(f"{len(todo)} of {len(rows)} volumes to prepare: {needed}", file=sys.stderr)
-    reasons = _in_threads(cache.add, todo, workers, "prepare")
-    skipped = [(row.name, reason) for row, reason in zip(todo, reasons) if reason]
+            room = f"{size:.1f} GiB are needed and {free:.1f} GiB are free"
+            raise ValueError(f"{cache.folder}: {room}")
+    # The threads' results come first in zip, so that they are used up and their bar ends.
+    reasons = zip(_in_threads(cache.add, todo, workers, "prepare"), todo)
+    skipped = [(row.name, reason) for reason, row in reasons if reason]
     if skipped:
         listed = cache.folder / "skipped.csv"
         write_csv(listed, [("name", "reason"), *skipped])
@@ -797,7 +797,7 @@ def _manifest_command(a):
 
 def _check_command(a):
     rows, bad = read_manifest(a.manifest), []
-    for row, texts in zip(rows, _in_threads(problems, rows, a.workers, "check")):
+    for texts, row in zip(_in_threads(problems, rows, a.workers, "check"), rows):
         bad += [(row.name, text) for text in texts]
     width = max((len(name) for name, _ in bad), default=0)
     for name, text in bad:

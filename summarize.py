@@ -161,14 +161,14 @@ def sentences(text):
     return [part for part in parts if re.search(r"\w", part)]
 
 
-def answers(llm, reports, batch_size=None, max_new_tokens=192, progress=False):
+def answers(llm, reports, batch_size=None, max_new_tokens=192, progress=False, chat=None):
     """Yield (index, abnormalities or None, answer, cut) of reports, a list of str.
 
     None: unreadable twice, the second time sampled. cut: the report was cut to fit the context. A
     checkpoint whose config.json says "reads": "sentences" is asked once for each distinct sentence;
     a report's abnormalities are then those of its sentences.
     """
-    ask = Asking(llm, batch_size, max_new_tokens)
+    ask = Asking(llm, batch_size, max_new_tokens, chat or report_chat(llm.directory))
     with tqdm(total=len(reports), unit=" reports", desc="summarize", disable=not progress) as bar:
         by_sentence = llm.raw.get("reads") == "sentences"
         for result in ask.by_sentence(reports, bar) if by_sentence else ask(reports, bar):
@@ -179,8 +179,8 @@ def answers(llm, reports, batch_size=None, max_new_tokens=192, progress=False):
 class Asking:
     """A language model that is asked for reports, with how it is asked."""
 
-    def __init__(self, llm, batch_size, max_new_tokens):
-        self.llm, self.max_new_tokens, self.chat = llm, max_new_tokens, report_chat(llm.directory)
+    def __init__(self, llm, batch_size, max_new_tokens, chat):
+        self.llm, self.max_new_tokens, self.chat = llm, max_new_tokens, chat
         large = llm.device.type != "cuda" and llm.config.width > 512
         self.batch_size = batch_size or (8 if large else 64)
 
@@ -311,8 +311,8 @@ def run(
         torch.distributed.init_process_group("gloo")
     start, out, rows = time.time(), Path(out_path), read_manifest(manifest_path)
     reports = {sha256(row["report"]): row["report"] for row in rows if has_report(row)}
-    prompt_sha256 = sha256(report_chat(checkpoint).text)
-    stamp = {"model": Path(checkpoint).resolve().name, "prompt_sha256": prompt_sha256}
+    chat = report_chat(checkpoint)
+    stamp = {"model": Path(checkpoint).resolve().name, "prompt_sha256": sha256(chat.text)}
 
     done = merge_on_first_rank(out, rank, world)
     check_stamps(out, done, stamp)
@@ -321,7 +321,8 @@ def run(
     if todo:
         llm = LLM.from_pretrained(checkpoint, device or own_device())
         texts = [reports[sha] for sha in todo]
-        results = answers(llm, texts, batch_size, max_new_tokens, progress and rank == 0)
+        shown = progress and rank == 0
+        results = answers(llm, texts, batch_size, max_new_tokens, shown, chat)
         write_records(out if world == 1 else Path(f"{out}.part{rank}"), todo, results, stamp)
     records = merge_on_first_rank(out, rank, world)
     records = {sha: record for sha, record in records.items() if sha in reports}
@@ -437,7 +438,7 @@ def dry_run(a):
     chat = report_chat(a.checkpoint)
     reports = [row["report"] for row in read_manifest(a.manifest) if has_report(row)]
     reports = list(dict.fromkeys(reports))[:a.dry_run]
-    for i, names, answer, cut in answers(llm, reports, a.batch, a.max_new_tokens):
+    for i, names, answer, cut in answers(llm, reports, a.batch, a.max_new_tokens, chat=chat):
         print(chat.text.replace(chat.PLACE, reports[i]))
         print(f"---- answer{' (report cut)' if cut else ''}\n{answer}\n---- read as\n{names}\n")
 

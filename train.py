@@ -439,7 +439,7 @@ def new_model(settings, config, pairs, device, resuming):
     if settings.text_checkpoint:
         text = TextEncoder.from_huggingface(settings.text_checkpoint)
         model = BrgSA(config, text.tokenizer)
-        model.text = text
+        model.text.load_state_dict(text.state_dict())
     else:
         texts = [sentence for _, text in pairs.items for sentence in text]
         model = BrgSA(config, train_tokenizer(texts, config.vocabulary))
