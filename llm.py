@@ -5,12 +5,13 @@
     logits = norm(x) head^T
 
 Any unquantized checkpoint of the Llama, Mistral, Qwen2 or Qwen3 family will do. Prompts that begin
-alike are read once up to where they part. Nothing leaves the machine.
-
-A tiny Llama of random weights is written into this folder, and continues two prompts.
+alike are read once up to where they part. Nothing is downloaded, nothing leaves the machine.
+This file needs nothing of the project. It goes: a block, the whole model and its generation, the
+prompt of a chat, the checkpoint's files, and what makes all of it fast.
 
 Example:
 
+    # A tiny Llama of random weights is written into this folder, and continues two prompts.
     import json, torch
     from safetensors.torch import save_file
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -50,7 +51,7 @@ class Block:
     """Attention, then an MLP (SwiGLU), each on the normed stream and added to it."""
 
     def __init__(self, config, weights, layer):
-        """weights: by the names of Config.layer_table; layer: which one it is."""
+        """weights: those of a layer, by the names of LAYER (below); layer: which one it is."""
         self.weights, self.eps = weights, config.eps
         self.attention = Attention(config, weights, layer)
 

@@ -220,7 +220,7 @@ def run(checkpoint, manifest_path, out_path, batch_size=None, device=None, max_n
     stamp = {"model": Path(checkpoint).resolve().name, "prompt_sha256": prompt}
     done = merge(out, rank)
     for record in done.values():
-        if not stamp.items() <= record.items():
+        if not stamp.items() <= record.items():  # another value somewhere
             raise ValueError(f"{out}: holds summaries by model {record.get('model')!r} or another "
                              "prompt; give another --out, or delete it")
 
