@@ -84,8 +84,9 @@ def key(text):
 PREFERRED = {key(name): name for name in VOCABULARY}
 for _name, _synonyms in BENCHMARK_NAMES.items():
     PREFERRED |= dict.fromkeys(map(key, _synonyms), _name)
-NOTHING = {"", "none", "no abnormality", "there is no abnormality", "no abnormalities",
-           "none affirmed", "no finding", "no acute abnormality", "normal"}
+NOTHING = set(map(key, (
+    "", "none", "no abnormality", "there is no abnormality", "no abnormalities", "none affirmed",
+    "no finding", "no acute abnormality", "normal")))
 ITEM_END = r"""(?x)
     [;,\n]               # names stand between semicolons, commas or line ends,
     | (?<=\w)\.(?:\s|$)  # or each in a sentence of its own

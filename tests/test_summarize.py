@@ -80,6 +80,7 @@ def test_vocabulary_holds_the_benchmarks_names_and_no_two_names_for_one_phrase()
         ("None", []),
         ("None.", []),
         ("- no abnormality", []),
+        ("No abnormalities.", []),
         ("No pleural effusion", []),
         ("The abnormalities are:\nNone", []),
         ("I cannot help with that.", None),
