@@ -43,6 +43,12 @@ def test_prompt_falls_back_where_the_template_has_no_system_role(tmp_path):
     assert summarize.report_chat(directory).text.endswith(f"Report: {Chat.PLACE}\nAbnormalities:")
 
 
+def test_summaries_written_by_earlier_versions_are_gone_on_with():
+    prompt = summarize.report_chat(summarize.SMALL_CHECKPOINT).text
+    written = "6fbe73a8d59e8b75378c0ac51cfcbb305fe729df9cf5a6e3d62827f186ffebf9"
+    assert summarize.sha256(prompt) == written
+
+
 def test_vocabulary_holds_the_benchmarks_names_and_no_two_names_for_one_phrase():
     assert (
         len(summarize.BENCHMARK_NAMES) == 33
@@ -74,6 +80,7 @@ def test_vocabulary_holds_the_benchmarks_names_and_no_two_names_for_one_phrase()
         ("None", []),
         ("None.", []),
         ("- no abnormality", []),
+        ("No abnormalities.", []),
         ("No pleural effusion", []),
         ("The abnormalities are:\nNone", []),
         ("I cannot help with that.", None),
