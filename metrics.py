@@ -5,7 +5,7 @@ retrieval, the modality gap. Arrays in, numbers out.
             higher score; equal scores count half
 
 Scores (N, C) are numbers, labels (N, C) are 1, 0, or NaN where unknown, of N cases and C classes.
-This file needs no other of ours.
+No other file of the project is needed.
 
 Example:
 
