@@ -1,4 +1,4 @@
-"""From a data set's files to batches: one manifest for every data set, a cache, training pairs.
+"""From a data set's files to training pairs: one manifest for every data set, a cache of volumes.
 
     files --manifest--> manifest.csv --check--> what is wrong --prepare--> cached volumes -> batches
 
@@ -6,20 +6,22 @@
     python data.py check manifest.csv
     python data.py prepare manifest.csv --out cache
 
-A volume in memory is [X, Y, Z] with axes that point to the patient's Left, Posterior, Superior
-(LPS), its values are HU, its spacing (x, y, z) in mm. A manifest written by hand with the columns
-name,path,report is enough to train on one's own scans. This file needs nothing of the project.
+A volume in memory is [X, Y, Z], with axes that point to the patient's Left, Posterior, Superior
+(LPS). Its values are HU, its spacing (x, y, z) is in mm. A manifest written by hand with the
+columns name,path,report is enough to train on your own scans. No other file of the project is
+needed.
 
 Example:
 
     import nibabel, numpy, data
     stored = numpy.random.default_rng(0).integers(-1000, 400, (60, 60, 40)).astype("int16")
     nibabel.save(nibabel.Nifti1Image(stored, numpy.diag([4., 4., 6., 1.])), "scan.nii.gz")
-    volume = data.read_volume("scan.nii.gz")
-    hu = data.preprocess(volume.hu, volume.spacing, shape_out=(128, 128, 64))
-    open("manifest.csv", "w").write("name,path,report\\nfirst,scan.nii.gz,No nodule.\\n")
-    rows, skipped = data.prepare(data.read_manifest("manifest.csv"), data.Cache("cache"))
-    assert hu.shape == (128, 128, 64) and len(rows) == 1 and not skipped
+    data.write_csv("manifest.csv", [["name", "path", "report"], ["a", "scan.nii.gz", "A nodule."]])
+    rows = data.read_manifest("manifest.csv")
+    cache = data.Cache("cache", spacing=(3, 3, 6), shape=(64, 64, 32))
+    rows, skipped = data.prepare(rows, cache)
+    volume, text = data.ReportVolumes(rows, cache)[0, 0]  # in epoch 0 the first pair
+    assert volume.shape == (1, 64, 64, 32) and text == "A nodule." and not skipped
 """
 import argparse
 import ast
@@ -28,6 +30,7 @@ import gzip
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -54,13 +57,13 @@ CT_RATE_LT = [
     "Bronchial thickening", "Lung mass", "Osteophyte", "Rib fracture", "Atherosclerosis",
     "Pericardial calcification", "Spondylosis", "Pleural calcification", "Pneumomediastinum",
 ]
-# RAD-ChestCT's findings -> the class that they are scored as; both calcifications are one there.
-RAD_MATERIALS = [
+MATERIALS = [
     "catheter_or_port", "tracheal_tube", "chest_tube", "breast_implant", "pacemaker_or_defib",
     "stent", "clip", "staple", "gi_tube", "hardware", "suture",
 ]
-RAD_CHESTCT = dict.fromkeys(RAD_MATERIALS, "Medical material") | {
-    "calcification": "Calcification",
+RAD_CHESTCT = {  # RAD-ChestCT's finding -> the class that it is scored as
+    **dict.fromkeys(MATERIALS, "Medical material"),
+    "calcification": "Calcification",  # CT-RATE's two calcification classes are one here
     "hernia": "Hiatal hernia",
     "nodule": "Lung nodule",
     "nodulegr1cm": "Lung nodule",
@@ -82,37 +85,37 @@ BENCHMARKS = {
     "ct-rate-lt": CT_RATE_LT,
     "rad-chestct": list(dict.fromkeys(RAD_CHESTCT.values())),
 }
+# What the paper's models see: voxels of so many mm (x, y, z), so many of them, this range of HU.
+SPACING = (1.5, 1.5, 3.0)
+SHAPE = (256, 256, 128)
+HU_RANGE = (-1000, 1000)
 
 
-# ---- 1. Volumes ----------------------------------------------------------------------------------
+# ---- 1. A file -> a volume in HU -----------------------------------------------------------------
 
 @dataclass
 class Volume:
-    """A scan in HU: (X, Y, Z), axes to the patient's Left, Posterior, Superior."""
-    hu: numpy.ndarray
+    """A scan in HU."""
+    hu: numpy.ndarray      # (X, Y, Z), axes to the patient's Left, Posterior, Superior
     spacing: tuple         # (x, y, z) in mm
-    affine: numpy.ndarray  # (4, 4), voxel of `hu` -> mm in NIfTI's world, as nibabel has it
+    affine: numpy.ndarray  # (4, 4), voxel of `hu` -> mm in NIfTI's world, where x points Right
 
 
 def read_volume(path, slope=None, intercept=None, spacing=None):
-    """Read .nii, .nii.gz or RAD-ChestCT's .npz as a Volume, turned to LPS by the file's affine.
+    """Read .nii, .nii.gz or RAD-ChestCT's .npz as a Volume, turned to LPS by its affine.
 
-    slope, intercept (HU = stored value * slope + intercept) replace the file's own scaling, so that
-    neither is ever applied on top of the other. spacing (x, y, z) in mm replaces the file's own; an
-    entry of None keeps it. Raises ValueError, naming the file, where it is missing, damaged, not
-    3D, constant or holds NaN.
+    HU = stored value * slope + intercept. If either is given, the scaling in the file's header is
+    ignored, so that a volume is never rescaled twice. spacing (x, y, z) in mm replaces the file's;
+    an entry of None leaves the file's. Raises ValueError, which names the file, where it is
+    missing, damaged, not 3D, constant, or holds NaN.
     """
     path = Path(path)
     try:
-        stored, affine, scaling = _read_stored(path)
-        hu, affine = _to_lps(_three_axes(stored), affine)
+        stored, affine, header_scaling = _read_file(path)
+        stored, affine = _to_lps(stored, affine)
         if slope is None and intercept is None:
-            slope, intercept = scaling
-        hu = _rescaled(hu, 1.0 if slope is None else slope, 0.0 if intercept is None else intercept)
-        if hu.dtype.kind == "f" and not numpy.isfinite(hu).all():
-            raise ValueError("holds NaN or infinite values")
-        if hu.min() == hu.max():
-            raise ValueError(f"every voxel is {hu.flat[0]}; the volume is empty")
+            slope, intercept = header_scaling
+        hu = _to_hu(stored, slope, intercept)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
     except (EOFError, OSError, zlib.error, KeyError, ValueError,
@@ -120,126 +123,141 @@ def read_volume(path, slope=None, intercept=None, spacing=None):
             nibabel.spatialimages.HeaderDataError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{path}: {reason}") from None
-    zooms = nibabel.affines.voxel_sizes(affine)
-    if spacing is not None:
-        given = [own if value is None else value for value, own in zip(spacing, zooms)]
-        affine = affine @ numpy.diag([*(numpy.array(given) / zooms), 1.0])
-        zooms = given
-    return Volume(hu, tuple(map(float, zooms)), affine)
+    spacing, affine = _replace_spacing(spacing, affine)
+    return Volume(hu, spacing, affine)
 
 
-def _read_stored(path):
-    """(stored values, affine, (slope, intercept)) of a file."""
-    if path.suffix == ".npz":  # RAD-ChestCT: (Z, Y, X), axis 0 from head to feet, 0.8 mm isotropic
+def _read_file(path):
+    """The array (X, Y, Z) as it is stored, its affine, the header's (slope, intercept)."""
+    if path.suffix == ".npz":  # RAD-ChestCT: (Z, Y, X) in HU, axis 0 from head to feet, 0.8 mm
         with numpy.load(path, allow_pickle=False) as archive:
-            volume = archive["ct"].T[:, :, ::-1]
-        return volume, numpy.diag([-0.8, -0.8, 0.8, 1.0]), (1.0, 0.0)
-    if not path.name.endswith((".nii", ".nii.gz")):
+            stored = archive["ct"].T[:, :, ::-1]
+        affine = numpy.diag([-0.8, -0.8, 0.8, 1.0])
+        scaling = (1.0, 0.0)
+    elif path.name.endswith((".nii", ".nii.gz")):
+        stored, affine, scaling = _read_nifti(path)
+    else:
         raise ValueError("not a .nii, .nii.gz or .npz file")
-    content = path.read_bytes()
-    if path.suffix == ".gz":
-        content = gzip.decompress(content)  # frees the GIL: threads decompress side by side
-    if len(content) < 348:
-        raise ValueError("too short for a NIfTI header")
-    is_second = content[:4] in (b"\x1c\x02\0\0", b"\0\0\x02\x1c")  # a header of 540 bytes
-    image = (nibabel.Nifti2Image if is_second else nibabel.Nifti1Image).from_bytes(content)
-    axes = image.affine[:3, :3]
-    if not numpy.isfinite(image.affine).all() or abs(numpy.linalg.det(axes)) < 1e-9:
-        raise ValueError("its affine is singular, so the orientation is unknown")
-    stored = image.dataobj.get_unscaled()
-    stored = stored.astype(stored.dtype.newbyteorder("="), copy=False)
-    return stored, image.affine, (image.dataobj.slope, image.dataobj.inter)
-
-
-def _three_axes(stored):
-    if stored.ndim == 4 and stored.shape[3] == 1:
+    if stored.shape[3:] == (1,):  # a time axis with one entry
         stored = stored[..., 0]
     if stored.ndim != 3:
         raise ValueError(f"a 3D volume is needed, this one has shape {stored.shape}")
-    return stored
+    return stored, affine, scaling
+
+
+def _read_nifti(path):
+    content = path.read_bytes()
+    if path.suffix == ".gz":
+        content = gzip.decompress(content)  # one call that frees the GIL: threads run side by side
+    if len(content) < 348:
+        raise ValueError("too short for a NIfTI header")
+    kind = nibabel.Nifti2Image if content[4:7] == b"n+2" else nibabel.Nifti1Image
+    image = kind.from_bytes(content)
+    affine = image.affine
+    if not numpy.isfinite(affine).all() or abs(numpy.linalg.det(affine[:3, :3])) < 1e-9:
+        raise ValueError("its affine is singular, so the orientation is unknown")
+    stored = image.dataobj.get_unscaled()
+    stored = stored.astype(stored.dtype.newbyteorder("="), copy=False)
+    return stored, affine, (image.dataobj.slope, image.dataobj.inter)
 
 
 def _to_lps(array, affine):
     orientations = nibabel.orientations
     lps = orientations.axcodes2ornt("LPS")
     turn = orientations.ornt_transform(orientations.io_orientation(affine), lps)
-    turned = orientations.apply_orientation(array, turn)
-    return turned, affine @ orientations.inv_ornt_aff(turn, array.shape)
+    affine = affine @ orientations.inv_ornt_aff(turn, array.shape)
+    return orientations.apply_orientation(array, turn), affine
 
 
-def _rescaled(stored, slope, intercept):
+def _to_hu(stored, slope, intercept):
     if stored.dtype.kind not in "iuf":
         raise ValueError(f"voxels of type {stored.dtype} are not numbers")
-    if slope == 1 and intercept == 0:
-        return stored
-    return stored.astype(numpy.float32) * numpy.float32(slope) + numpy.float32(intercept)
+    slope = 1.0 if slope is None else slope
+    intercept = intercept or 0.0
+    hu = stored
+    if slope != 1 or intercept != 0:
+        hu = stored.astype(numpy.float32) * numpy.float32(slope) + numpy.float32(intercept)
+    if hu.dtype.kind == "f" and not numpy.isfinite(hu).all():
+        raise ValueError("holds NaN or infinite values")
+    if hu.min() == hu.max():
+        raise ValueError(f"every voxel is {hu.flat[0]}; the volume is empty")
+    return hu
 
 
-def preprocess(
-    hu, spacing, spacing_out=(1.5, 1.5, 3.0), shape_out=(256, 256, 128), hu_range=(-1000, 1000)
-):
+def _replace_spacing(spacing, affine):
+    """The spacing, with the affine's own where it is None, and the affine for it."""
+    own = nibabel.affines.voxel_sizes(affine)
+    if spacing is None:
+        spacing = own
+    spacing = [size if given is None else given for given, size in zip(spacing, own)]
+    affine[:, :3] *= spacing / own
+    return tuple(map(float, spacing)), affine
+
+
+# ---- 2. Resample, crop, pad ----------------------------------------------------------------------
+
+def preprocess(hu, spacing, spacing_out=SPACING, shape_out=SHAPE, hu_range=HU_RANGE):
     """Resample linearly, crop and pad about the centre, clip: HU (X, Y, Z) -> int16 shape_out.
 
-        resampled = interpolate(hu, at=i * spacing_out / spacing)       # the first centres coincide
-        cropped = the central shape_out of resampled, where it is larger
-        padded = -1024 around cropped, where it is smaller
+    In plain lines, which a test holds this function to:
 
-    As SimpleITK's: the new size is round(size * spacing / spacing_out). Beyond the last centre the
-    edge's value is kept, where SimpleITK fills in a foreign 0. At last all is clipped to hu_range.
+        size_out = round(size * spacing / spacing_out)                  # along each axis
+        volume = interpolate(hu, arange(size_out) * spacing_out / spacing)
+        volume = pad(crop(volume, shape_out), shape_out, -1024)         # both about the centre
+        volume = round(clip(volume, *hu_range))
+
+    Spacings are (x, y, z) in mm. The interpolation is SimpleITK's: the centres of the first voxels
+    coincide. But beyond the centre of the last voxel its value goes on, where SimpleITK fills in 0.
     """
-    # What makes it fast: only what the crop keeps is computed, a few slices at a time through all
-    # three axes, which so stay in the cache. (Z, Y, X), as the file lies, keeps slices whole.
+    # What the crop leaves out is never computed. The rest goes through all three axes a few slices
+    # at a time, so that it stays in the processor's cache; (Z, Y, X) keeps a slice in one piece.
     volume = torch.from_numpy(numpy.ascontiguousarray(hu.transpose(2, 1, 0)))
     if volume.dtype not in (torch.int16, torch.float32):
         volume = volume.float()
-    x, y, z = map(_axis_plan, hu.shape, spacing, spacing_out, shape_out)
-    size = [int(n) for n in shape_out[::-1]]
-    out = torch.full(size, -1024, dtype=torch.int16).clamp_(*hu_range)
-    inside = out[z.place, y.place, x.place]
-    for first in range(0, len(z.low), SLAB):
-        part = slice(first, first + SLAB)
-        slab = _interpolate(volume, 0, z.low[part], z.weight[part])
-        slab = _interpolate(slab, 1, y.low, y.weight)
-        slab = _interpolate(slab, 2, x.low, x.weight)
-        inside[part] = slab.clamp_(*hu_range).round_()
+    axes = map(_sample_axis, hu.shape, spacing, spacing_out, shape_out)
+    (x, inside_x), (y, inside_y), (z, inside_z) = axes
+    out = torch.full(tuple(shape_out[::-1]), -1024, dtype=torch.int16).clamp_(*hu_range)
+    inside = out[inside_z, inside_y, inside_x]
+    for positions, target in zip(z.split(SLAB), inside.split(SLAB)):
+        slab = _interpolate(volume, 0, positions)
+        slab = _interpolate(slab, 1, y)
+        slab = _interpolate(slab, 2, x)
+        target[:] = slab.clamp_(*hu_range).round_()
     return out.permute(2, 1, 0).contiguous().numpy()
 
 
 SLAB = 4  # slices that are resampled at a time
 
 
-@dataclass
-class _AxisPlan:
-    """Of one axis: each output voxel's lower neighbour, the upper one's weight, and their place."""
-    low: torch.Tensor
-    weight: torch.Tensor
-    place: slice
-
-
-def _axis_plan(size, spacing, spacing_out, shape_out):
+def _sample_axis(size, spacing, spacing_out, size_out):
+    """Of one axis: where the voxels lie in the input that the crop leaves, and in the output."""
     resampled = max(1, round(size * spacing / spacing_out))
-    cropped = min(resampled, shape_out)
-    padding, cut = (shape_out - cropped) // 2, (resampled - cropped) // 2
-    position = torch.arange(cropped, dtype=torch.float64) + cut
-    position = (position * (spacing_out / spacing)).clamp_(0, size - 1)
-    low = position.floor().long().clamp_(max=max(size - 2, 0))
-    return _AxisPlan(low, (position - low).float(), slice(padding, padding + cropped))
+    cropped = min(resampled, size_out)
+    first = (resampled - cropped) // 2
+    positions = torch.arange(first, first + cropped, dtype=torch.float64)
+    positions = (positions * (spacing_out / spacing)).clamp_(0, size - 1)
+    padding = (size_out - cropped) // 2
+    return positions, slice(padding, padding + cropped)
 
 
-def _interpolate(volume, axis, low, weight):
+def _interpolate(volume, axis, positions):
+    """Linear interpolation of a volume (Z, Y, X) along one axis, in float32."""
     size = volume.shape[axis]
+    low = positions.long()
     high = (low + 1).clamp_(max=size - 1)
+    weight = (positions - low).float()
     if axis == 2:  # along the contiguous axis, a product with a two-banded matrix beats gathering
-        bands, columns = torch.zeros(size, len(low)), torch.arange(len(low))
+        bands = torch.zeros(size, len(low))
+        columns = torch.arange(len(low))
         bands[low, columns] += 1 - weight
         bands[high, columns] += weight
         return volume.float() @ bands
-    weight = weight.view(-1, *[1] * (2 - axis))
-    lower, upper = volume.index_select(axis, low), volume.index_select(axis, high)
-    return torch.lerp(lower.float(), upper.float(), weight)
+    below = volume.index_select(axis, low).float()
+    above = volume.index_select(axis, high).float()
+    return torch.lerp(below, above, weight.view(-1, *[1] * (2 - axis)))
 
 
-# ---- 2. The manifest -----------------------------------------------------------------------------
+# ---- 3. The manifest -----------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Row:
@@ -260,143 +278,86 @@ class Row:
         return read_volume(self.path, self.slope, self.intercept, self.spacing)
 
 
-TEXT_COLUMNS = ["name", "path", "split", "patient", "scan", "report"]
-NUMBER_COLUMNS = ["slope", "intercept", "spacing_x", "spacing_y", "spacing_z"]
-NAME = re.compile(r"[^/\\\0\n\r]{1,200}")
-
-
-def read_csv(path, *needed):
-    """A CSV with a header as a list of dicts; ValueError unless it is UTF-8 with these columns."""
-    csv.field_size_limit(1 << 24)
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file)
-            header = reader.fieldnames or []
-            missing = [column for column in needed if column not in header]
-            if missing:
-                reads = f"its header reads: {','.join(header)[:200]}"
-                raise ValueError(f"{path}: has no column {', '.join(missing)}; {reads}")
-            return list(reader)
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file") from None
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path}: not a CSV file in UTF-8 ({error})") from None
+TEXTS = ["name", "path", "split", "patient", "scan", "report"]
+NUMBERS = ["slope", "intercept", "spacing_x", "spacing_y", "spacing_z"]
 
 
 def read_manifest(path, split=None):
-    """manifest.csv as a list of Rows, of one split if given; ValueError names row and column."""
+    """Read manifest.csv as Rows, of one split if given; ValueError names a wrong row and column."""
     path = Path(path)
     lines = read_csv(path, "name", "path")
     if not lines:
         raise ValueError(f"{path}: has a header and no rows")
-    splits = sorted({line.get("split") or "" for line in lines})
+    splits = {line.get("split", "") for line in lines}
     if split is not None and split not in splits:
-        there_are = ", ".join(map(repr, splits))
-        raise ValueError(f"{path}: no row has the split '{split}'; there are: {there_are}")
+        there = ", ".join(map(repr, sorted(splits)))
+        raise ValueError(f"{path}: no row has the split '{split}'; there are: {there}")
     rows, names = [], set()
     for number, line in enumerate(lines, 2):
-        where, name = f"{path}, row {number}", line["name"]
-        _check_name(name, names, where)
+        where = f"{path}, row {number}"
+        _check_name(line["name"], names, where)
+        names.add(line["name"])
         if not line["path"]:
             raise ValueError(f"{where}: the path is empty")
-        names.add(name)
-        if split is None or (line.get("split") or "") == split:
+        if split in (None, line.get("split", "")):
             rows.append(_row(line, path.parent, where))
     return rows
 
 
 def _check_name(name, taken, where):
-    if not NAME.fullmatch(name or "") or name in (".", ".."):
-        form = "it becomes a file's name, so 1 to 200 characters without / or \\"
-        raise ValueError(f"{where}: '{name}' can't be a name; {form}")
+    if not re.fullmatch(r"[^/\\\0\n\r]{1,200}", name) or name in (".", ".."):
+        raise ValueError(f"{where}: '{name}' can't be a name; it becomes a file's name, "
+                         "so 1 to 200 characters without / or \\")
     if name in taken:
         raise ValueError(f"{where}: the name '{name}' stands twice; names must be unique")
 
 
 def _row(line, folder, where):
-    """A line of a manifest as a Row."""
-    text = {column: line.get(column) or "" for column in TEXT_COLUMNS}
-    slope, intercept, *spacing = (
-        _number(line.get(column), where, column) for column in NUMBER_COLUMNS
-    )
+    name, path, split, patient, scan, report = (line.get(column, "") for column in TEXTS)
+    numbers = [_number(line.get(column, ""), where, column) for column in NUMBERS]
+    slope, intercept, *spacing = numbers
     labels = {}
-    for column, value in line.items():
-        if column is not None and column.startswith("label:"):
-            labels[column.removeprefix("label:")] = _label(value, where, column)
-    return Row(
-        name=text["name"],
-        path=folder / text["path"],
-        split=text["split"],
-        patient=text["patient"] or text["name"],
-        scan=text["scan"] or text["name"],
-        report=text["report"],
-        slope=slope,
-        intercept=intercept,
-        spacing=tuple(spacing),
-        labels=labels,
-    )
+    for column, text in line.items():
+        if column.startswith("label:"):
+            labels[column.removeprefix("label:")] = _label(text, where, column)
+    return Row(name, folder / path, split, patient or name, scan or name, report,
+               slope, intercept, tuple(spacing), labels)
 
 
 def _number(text, where, column):
-    """A number, positive but for an intercept, or None for nothing."""
-    if not (text or "").strip():
+    """The number in a cell, None where it is empty; the intercept alone may be 0 or negative."""
+    if not text.strip():
         return None
-    kind = "number" if column == "intercept" else "positive number"
     try:
-        value = float(text)
+        number = float(text)
     except ValueError:
-        value = numpy.nan
-    if not numpy.isfinite(value) or (column != "intercept" and value <= 0):
-        raise ValueError(f"{where}: {column} is '{text}'; a {kind} or nothing is needed")
-    return value
-
-
-LABELS = {"": numpy.nan, "0": 0.0, "1": 1.0, "0.0": 0.0, "1.0": 1.0}
+        number = math.nan
+    if math.isfinite(number) and (number > 0 or column == "intercept"):
+        return number
+    kind = "number" if column == "intercept" else "positive number"
+    raise ValueError(f"{where}: {column} is '{text}'; a {kind} or nothing is needed")
 
 
 def _label(text, where, column):
-    try:
-        return LABELS[(text or "").strip()]
-    except KeyError:
-        raise ValueError(f"{where}: {column} is '{text}'; 0, 1 or nothing is needed") from None
+    label = {"": math.nan, "0": 0.0, "1": 1.0, "0.0": 0.0, "1.0": 1.0}.get(text.strip())
+    if label is None:
+        raise ValueError(f"{where}: {column} is '{text}'; 0, 1 or nothing is needed")
+    return label
 
 
 def write_manifest(rows, path):
     """Write Rows as manifest.csv; paths below the manifest's folder become relative to it."""
-    path = Path(path)
+    folder = Path(path).resolve().parent
     classes = classes_of(rows)
-    lines = [[*TEXT_COLUMNS, *NUMBER_COLUMNS, *(f"label:{name}" for name in classes)]]
+    lines = [TEXTS + NUMBERS + [f"label:{name}" for name in classes]]
     for row, labels in zip(rows, labels_matrix(rows, classes)):
-        file, folder = row.path.resolve(), path.resolve().parent
-        file = file.relative_to(folder) if file.is_relative_to(folder) else file
-        numbers = (row.slope, row.intercept, *row.spacing)
-        line = [row.name, file, row.split, row.patient, row.scan, row.report]
-        line += ["" if value is None else repr(value) for value in numbers]
-        line += ["" if numpy.isnan(label) else int(label) for label in labels]
-        lines.append(line)
+        file = row.path.resolve()
+        if file.is_relative_to(folder):
+            file = file.relative_to(folder)
+        lines.append([row.name, file, row.split, row.patient, row.scan, row.report,
+                      row.slope, row.intercept, *row.spacing,
+                      *("" if math.isnan(label) else int(label) for label in labels)])
     write_csv(path, lines)
-
-
-def write_csv(path, lines):
-    """Write lines of cells as a CSV, atomically."""
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(lines)
-    write_atomically(path, text.getvalue().encode())
-
-
-def write_atomically(path, content):
-    """Write bytes to a temporary name beside path, sync, rename: a killed run leaves old or new."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def classes_of(rows):
@@ -407,107 +368,144 @@ def classes_of(rows):
 def labels_matrix(rows, classes):
     """Labels (N, C) of the rows for the classes: 0, 1, or NaN where unknown."""
     labels = numpy.full((len(rows), len(classes)), numpy.nan)
-    for row, line in zip(rows, labels):
-        line[:] = [row.labels.get(name, numpy.nan) for name in classes]
+    for i, row in enumerate(rows):
+        labels[i] = [row.labels.get(name, numpy.nan) for name in classes]
     return labels
 
 
-# ---- 3. Data sets -> manifest --------------------------------------------------------------------
+# ---- 4. Data sets -> manifest --------------------------------------------------------------------
 
 def ct_rate_manifest(root, split, release=None):
-    """Rows of CT-RATE's `split` (train or valid) below root, with labels of CT-RATE-LT if there.
+    """Rows of CT-RATE's `split` (train or valid) below root, with CT-RATE-LT's labels if there.
 
-    Release 2 (`train_fixed`, `valid_fixed`: already HU, true spacing) is taken where its folder is
-    there, else release 1 (`train`, `valid`), whose rows carry slope, intercept and spacing from the
-    metadata. CSVs may carry prefixes. Raises ValueError, saying which file is missing or wrong.
+    Release 2 (folders `train_fixed`, `valid_fixed`: HU and true spacing) is taken where it is
+    there, else release 1 (`train`, `valid`), whose rows get slope, intercept and spacing from the
+    metadata. CSVs may carry prefixes. ValueError says which file is missing or wrong.
     """
-    if split not in ("train", "valid"):
-        raise ValueError(f"CT-RATE has the splits train and valid, not '{split}'")
-    root = Path(root)
-    root = root / "dataset" if (root / "dataset").is_dir() else root
-    release = release or (2 if (root / f"{split}_fixed").is_dir() else 1)
-    volumes = root / (f"{split}_fixed" if release == 2 else split)
-    if not volumes.is_dir():
-        mend = "--root is the folder that holds CT-RATE's train and valid folders"
-        raise ValueError(f"{volumes}: no such folder; {mend}")
-
-    long_split, metadata = {"train": "train", "valid": "validation"}[split], None
-    reports = _index(_find(root, f"{long_split}_reports.csv"), "Findings_EN", "Impressions_EN")
+    folder, release = _ct_rate_folder(Path(root), split, release)
+    root = folder.parent
+    long_split = "validation" if split == "valid" else "train"
+    reports = _table(_find(root, f"{long_split}_reports.csv"), "Findings_EN", "Impressions_EN")
+    metadata = {}
     if release == 1:
-        columns = ("RescaleSlope", "RescaleIntercept", "XYSpacing", "ZSpacing")
-        metadata = _index(_find(root, f"{long_split}_metadata.csv"), *columns)
-    labels = _ct_rate_labels(root, split)
-    excluded = _without_chest(root, split)
+        metadata = _table(_find(root, f"{long_split}_metadata.csv"),
+                          "RescaleSlope", "RescaleIntercept", "XYSpacing", "ZSpacing")
+    common = _table(_find(root, f"{split}_predicted_labels.csv"), *CT_RATE)
+    rare = _find_by_header(root, CT_RATE_LT)
+    rare = _table(rare) if rare else {}
+    no_chest = _no_chest(root, split)
 
     rows = []
     for volume, report in reports.items():
-        if volume in excluded or volume.removesuffix(".nii.gz") in excluded:
+        name = volume.removesuffix(".nii.gz")
+        if name in no_chest:
             continue
-        text, known = _report_text(report), labels.get(volume, {})
-        rows.append(_ct_rate_row(volume, volumes, split, text, metadata, known))
+        scan, patient = _ct_rate_scan(volume, root)
+        if release == 1 and volume not in metadata:
+            raise ValueError(f"{root}: the metadata has no row for {volume}, "
+                             "without which its HU are unknown")
+        cells = rare.get(volume, {}) | common.get(volume, {})  # {column: text}
+        classes = [kind for kind in CT_RATE + CT_RATE_LT if kind in cells]
+        labels = {kind: _label(cells[kind], volume, kind) for kind in classes}
+        path = folder / patient / scan / volume
+        scaling = _scaling(metadata.get(volume, {}), volume)
+        text = _report_text(report)
+        rows.append(Row(name, path, split, patient, scan, text, *scaling, labels))
     return rows
 
 
-def _ct_rate_labels(root, split):
-    """{volume: labels} of CT-RATE's classes, and of CT-RATE-LT's where its file is there."""
-    common, rare = _find(root, f"{split}_predicted_labels.csv"), _find_by_header(root, CT_RATE_LT)
-    labels = {}
-    for file, names in ((common, CT_RATE), (rare, CT_RATE_LT)):
-        for volume, line in _index(file, *names).items() if file else ():
-            known = {name: _label(line[name], volume, name) for name in names}
-            labels.setdefault(volume, {}).update(known)
-    return labels
+def _ct_rate_folder(root, split, release):
+    """The folder of a split's volumes, and which release it is."""
+    if split not in ("train", "valid"):
+        raise ValueError(f"CT-RATE has the splits train and valid, not '{split}'")
+    if (root / "dataset").is_dir():
+        root = root / "dataset"
+    fixed = root / f"{split}_fixed"
+    release = release or (2 if fixed.is_dir() else 1)
+    folder = fixed if release == 2 else root / split
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder; --root is the folder that holds CT-RATE's "
+                         "train and valid folders")
+    return folder, release
 
 
-def _ct_rate_row(volume, folder, split, report, metadata, labels):
-    """The Row of a volume such as valid_1_a_1.nii.gz; metadata: lines by volume, or None."""
+def _ct_rate_scan(volume, root):
+    """valid_1_a_1.nii.gz (split, patient, scan, reconstruction) -> valid_1_a, valid_1."""
     match = re.fullmatch(r"((\w+?_\d+)_[a-z]+)_\d+\.nii\.gz", volume)
     if not match:
-        form = "CT-RATE's are named like valid_1_a_1.nii.gz"
-        raise ValueError(f"{folder.parent}: the reports name a volume '{volume}'; {form}")
-    scan, patient = match.groups()
-    about = {} if metadata is None else metadata.get(volume)
-    if about is None:
-        lack = f"has no row for {volume}, without which its HU are unknown"
-        raise ValueError(f"{folder.parent}: the metadata {lack}")
-    slope = _number(about.get("RescaleSlope"), volume, "slope")
-    intercept = _number(about.get("RescaleIntercept"), volume, "intercept")
-    z = _number(about.get("ZSpacing"), volume, "ZSpacing")
-    spacing = (*_xy_spacing(about.get("XYSpacing"), volume), z)
-    name, path = volume.removesuffix(".nii.gz"), folder / patient / scan / volume
-    return Row(name, path, split, patient, scan, report, slope, intercept, spacing, labels)
+        raise ValueError(f"{root}: the reports name a volume '{volume}'; "
+                         "CT-RATE's are named like valid_1_a_1.nii.gz")
+    return match.groups()
+
+
+def _report_text(report):
+    parts = []
+    for column in ("Findings_EN", "Impressions_EN"):
+        text = " ".join(report[column].split())
+        if text.lower() not in ("", "not given.", "not given", "nan"):
+            parts.append(text)
+    return " ".join(parts)
+
+
+def _scaling(about, volume):
+    """Slope, intercept and spacing from a volume's metadata; None where they say nothing."""
+    slope = _number(about.get("RescaleSlope", ""), volume, "slope")
+    intercept = _number(about.get("RescaleIntercept", ""), volume, "intercept")
+    xy = _xy_spacing(about.get("XYSpacing", ""), volume)
+    z = _number(about.get("ZSpacing", ""), volume, "ZSpacing")
+    return slope, intercept, (*xy, z)
+
+
+def _xy_spacing(text, volume):
+    """XYSpacing is the text "[0.74, 0.74]"."""
+    if not text.strip():
+        return None, None
+    try:
+        x, y = map(float, ast.literal_eval(text))
+        return x, y
+    except (ValueError, SyntaxError, TypeError):
+        raise ValueError(f"{volume}: XYSpacing is '{text}'; "
+                         "two numbers in brackets are needed") from None
+
+
+def _no_chest(root, split):
+    """Names of the volumes that CT-RATE lists as showing no chest."""
+    names = set()
+    for folder in (root, root / "metadata"):
+        file = folder / f"no_chest_{split}.txt"
+        if file.is_file():
+            names |= {Path(word).name.removesuffix(".nii.gz") for word in file.read_text().split()}
+    return names
 
 
 def rad_chestct_manifest(root, split):
     """Rows of RAD-ChestCT's `split` (train, valid or test).
 
-    Location columns are folded to findings (OR), findings to classes: the 16 of the benchmark
-    (RAD_CHESTCT), and every other finding under its own name.
+    Its columns are finding*location. A class is present if any of its findings (RAD_CHESTCT) is, at
+    any location. A finding that belongs to none of the 16 classes is one under its own name.
     """
     if split not in ("train", "valid", "test"):
         raise ValueError(f"RAD-ChestCT has the splits train, valid and test, not '{split}'")
-    root, rows = Path(root), []
+    root = Path(root)
+    rows = []
     file = _find(root, f"img{split}_Abnormality_and_Location_Labels.csv")
-    for name, line in _index(file, key="NoteAcc_DEID").items():
+    for name, line in _table(file, key="NoteAcc_DEID").items():
         labels = {}
-        for column, value in line.items():
-            finding, star, _ = (column or "").partition("*")
-            if star and finding:
-                label = RAD_CHESTCT.get(finding, finding.replace("_", " ").capitalize())
-                labels[label] = max(labels.get(label, 0.0), _label(value, name, column))
+        for column, text in line.items():
+            finding, star, _ = column.partition("*")
+            if finding and star:
+                kind = RAD_CHESTCT.get(finding, finding.replace("_", " ").capitalize())
+                labels[kind] = max(labels.get(kind, 0.0), _label(text, name, column))
         rows.append(Row(name, root / f"{name}.npz", split, name, name, labels=labels))
     return rows
 
 
 def _find(root, ending):
     """The file with the shortest name that ends so, in root or a folder of it."""
-    folders = [root, *(entry for entry in root.iterdir() if entry.is_dir())]
-    files = []
-    for folder in folders:
-        files += folder.glob(f"*{ending}")
+    files = [*root.glob(f"*{ending}"), *root.glob(f"*/*{ending}")]
     if not files:
-        where = "neither itself nor in a folder of it"
-        raise ValueError(f"{root}: holds no file named *{ending}, {where}")
+        raise ValueError(f"{root}: holds no file named *{ending}, "
+                         "neither itself nor in a folder of it")
     return min(files, key=lambda file: (len(file.name), file))
 
 
@@ -521,42 +519,11 @@ def _find_by_header(root, columns):
     return None
 
 
-def _index(path, *columns, key="VolumeName"):
+def _table(path, *columns, key="VolumeName"):
     return {line[key]: line for line in read_csv(path, key, *columns)}
 
 
-def _without_chest(root, split):
-    """Names of the volumes that don't show a chest."""
-    names = set()
-    for folder in (root, root / "metadata"):
-        file = folder / f"no_chest_{split}.txt"
-        if file.is_file():
-            names.update(Path(word).name for word in file.read_text().split())
-    return names
-
-
-def _report_text(report):
-    texts = []
-    for column in ("Findings_EN", "Impressions_EN"):
-        text = " ".join((report.get(column) or "").split())
-        if text.lower() not in ("", "not given.", "not given", "nan"):
-            texts.append(text)
-    return " ".join(texts)
-
-
-def _xy_spacing(text, volume):
-    """XYSpacing is the text "[0.74, 0.74]"."""
-    if not (text or "").strip():
-        return None, None
-    try:
-        x, y = (float(value) for value in ast.literal_eval(text))
-        return x, y
-    except (ValueError, SyntaxError, TypeError):
-        needed = "two numbers in brackets are needed"
-        raise ValueError(f"{volume}: XYSpacing is '{text}'; {needed}") from None
-
-
-# ---- 4. Check, prepare, cache --------------------------------------------------------------------
+# ---- 5. Check, prepare, cache --------------------------------------------------------------------
 
 def problems(row):
     """What is wrong with a row's volume, as a list of short texts; empty where nothing is."""
@@ -564,58 +531,58 @@ def problems(row):
         volume = row.read()
     except ValueError as error:
         return [str(error).removeprefix(f"{row.path}: ")]
-    out = []
+    texts = []
     for axis, size, spacing in zip("xyz", volume.hu.shape, volume.spacing):
         extent = size * spacing
         if not 0.2 <= spacing <= 10 or not 60 <= extent <= 1200:
-            voxels = f"{size} voxels of {spacing:.2f} mm make {extent:.0f} mm"
-            out.append(f"{axis}: {voxels}; spacing missing or wrong?")
+            texts.append(f"{axis}: {size} voxels of {spacing:.2f} mm make {extent:.0f} mm; "
+                         "spacing missing or wrong?")
     hu = volume.hu[::2, ::2, ::2]
     values = f"values {hu.min():.0f} to {hu.max():.0f}"
-    air, tissue = float((hu < -500).mean()), float(((hu > -200) & (hu < 200)).mean())
+    air = float((hu < -500).mean())
+    tissue = float(((hu > -200) & (hu < 200)).mean())
     if air < 0.02:
-        share = f"{air:.0%} of it is air (below -500 HU)"
-        out.append(f"{share}, {values}; slope and intercept not applied?")
+        texts.append(f"{air:.0%} of it is air (below -500 HU), {values}; "
+                     "slope and intercept not applied?")
     elif tissue < 0.05:
-        share = f"{tissue:.0%} of it is soft tissue (within 200 HU of water)"
-        out.append(f"{share}, {values}; intercept applied twice?")
-    return out
+        texts.append(f"{tissue:.0%} of it is soft tissue (within 200 HU of water), {values}; "
+                     "intercept applied twice?")
+    return texts
 
 
-def _in_threads(function, items, workers, what):
-    """function over items, in order, with progress; decompression, numpy and torch free the GIL."""
+def _map_in_threads(function, items, workers, title):
+    """[function(item) for item in items] with progress; workers None: one a core.
+
+    Threads are enough, since decompression, numpy and torch free the GIL; torch gets one core each.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    pool = ThreadPoolExecutor(workers or os.cpu_count())
     try:
-        with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
-            results = pool.map(function, items)
-            try:
-                yield from tqdm(results, what, len(items), unit="volume", smoothing=0.05)
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+        results = pool.map(function, items)
+        return list(tqdm(results, title, len(items), unit="volume", smoothing=0.05))
     finally:
+        pool.shutdown(cancel_futures=True)
         torch.set_num_threads(threads)
 
 
 class Cache:
     """Preprocessed volumes in a folder, one .npy each: int16 HU (X, Y, Z), read by memory map.
 
-    All share the settings in its cache.json; ValueError where they aren't those asked for.
+    All have the settings in the folder's cache.json; ValueError where these aren't the given ones.
     """
 
-    def __init__(
-        self, folder, spacing=(1.5, 1.5, 3.0), shape=(256, 256, 128), hu_range=(-1000, 1000)
-    ):
-        self.folder, record = Path(folder), Path(folder) / "cache.json"
-        self.settings = {
-            "spacing_out": list(spacing), "shape_out": list(shape), "hu_range": list(hu_range),
-        }
+    def __init__(self, folder, spacing=SPACING, shape=SHAPE, hu_range=HU_RANGE):
+        self.folder = Path(folder)
+        self.settings = {"spacing_out": list(spacing), "shape_out": list(shape),
+                         "hu_range": list(hu_range)}
+        record = self.folder / "cache.json"
+        settings = json.dumps(self.settings)
         if not record.exists():
-            write_atomically(record, json.dumps(self.settings).encode())
+            write_atomically(record, settings.encode())
         elif json.loads(record.read_text()) != self.settings:
-            asked = f"now {json.dumps(self.settings)} is asked for; name another folder"
-            raise ValueError(f"{record}: was prepared with {record.read_text()}, {asked}")
+            raise ValueError(f"{record}: was prepared with {record.read_text()}, "
+                             f"now {settings} is asked for; name another folder")
 
     @classmethod
     def for_config(cls, folder, config):
@@ -623,10 +590,13 @@ class Cache:
         return cls(folder, config.spacing, config.shape, config.hu_range)
 
     def path(self, row):
-        """Where a row's volume lies; slope, intercept and spacing are part of the name, so that a
-        corrected one is never missed."""
-        reading = zlib.crc32(repr((row.slope, row.intercept, row.spacing)).encode())
-        return self.folder / f"{row.name}.{reading:08x}.npy"
+        """Where a row's volume lies.
+
+        What turns its voxels into HU is part of the name, so that a correction of the manifest's
+        slope, intercept or spacing is never missed.
+        """
+        scaling = repr((row.slope, row.intercept, row.spacing))
+        return self.folder / f"{row.name}.{zlib.crc32(scaling.encode()):08x}.npy"
 
     def holds(self, row):
         """Whether the row's volume is here and not older than its source, where that is at hand."""
@@ -639,7 +609,8 @@ class Cache:
     def add(self, row):
         """Preprocess and write a row's volume; returns None, or why it can't be."""
         try:
-            volume, content = row.read(), io.BytesIO()
+            volume = row.read()
+            content = io.BytesIO()
             hu = preprocess(volume.hu, volume.spacing, **self.settings)
             numpy.save(content, hu, allow_pickle=False)
             write_atomically(self.path(row), content.getbuffer())
@@ -654,31 +625,30 @@ class Cache:
 def prepare(rows, cache, workers=None):
     """Bring every row's volume into the cache -> (the rows that are there, skipped (name, reason)).
 
-    Resumable: what is there stays. The skipped are listed in the cache's skipped.csv and are never
-    replaced by others.
+    What is there stays, so that a killed run goes on. The skipped are listed in the cache's
+    skipped.csv and never replaced by others. ValueError where the disk is too small.
     """
     todo = [row for row in rows if not cache.holds(row)]
     if todo:
-        size = len(todo) * int(numpy.prod(cache.settings["shape_out"])) * 2 / 2**30
-        free = shutil.disk_usage(cache.folder).free / 2**30
-        room = f"{size:.2f} GiB, {free:.0f} GiB free in {cache.folder}"
-        print(f"{len(todo)} of {len(rows)} volumes to prepare: {room}", file=sys.stderr)
+        size = len(todo) * math.prod(cache.settings["shape_out"]) * 2
+        free = shutil.disk_usage(cache.folder).free
+        print(f"{len(todo)} of {len(rows)} volumes to prepare: {size / 2**30:.2f} GiB, "
+              f"{free / 2**30:.0f} GiB free in {cache.folder}", file=sys.stderr)
         if size > free:
-            room = f"{size:.1f} GiB are needed and {free:.1f} GiB are free"
-            raise ValueError(f"{cache.folder}: {room}")
-    # The threads' results come first in zip, so that they are used up and their bar ends.
-    reasons = zip(_in_threads(cache.add, todo, workers, "prepare"), todo)
-    skipped = [(row.name, reason) for reason, row in reasons if reason]
+            raise ValueError(f"{cache.folder}: {size / 2**30:.1f} GiB are needed "
+                             f"and {free / 2**30:.1f} GiB are free")
+    reasons = _map_in_threads(cache.add, todo, workers, "prepare")
+    skipped = [(row.name, reason) for row, reason in zip(todo, reasons) if reason]
     if skipped:
-        listed = cache.folder / "skipped.csv"
-        write_csv(listed, [("name", "reason"), *skipped])
-        first = f"{len(skipped)} volumes skipped, the first: {skipped[0][1]}"
-        print(f"{first}; all in {listed}", file=sys.stderr)
-    lost = {name for name, _ in skipped}
-    return [row for row in rows if row.name not in lost], skipped
+        listing = cache.folder / "skipped.csv"
+        write_csv(listing, [("name", "reason"), *skipped])
+        print(f"{len(skipped)} volumes skipped, the first: {skipped[0][1]}; all in {listing}",
+              file=sys.stderr)
+    names = dict(skipped)
+    return [row for row in rows if row.name not in names], skipped
 
 
-# ---- 5. Texts and training pairs -----------------------------------------------------------------
+# ---- 6. Texts and training pairs -----------------------------------------------------------------
 
 def report_sha256(report):
     """The key of a report in summaries.jsonl."""
@@ -719,12 +689,14 @@ def sentences(text):
 class ReportVolumes(torch.utils.data.Dataset):
     """Training pairs, an item per distinct report: (int16 HU (1, x, y, z), text).
 
-    Each key (epoch, item) is a new draw: one of the report's volumes, a random crop, and 1 to 5
-    sentences of its text in random order (paper, implementation details). Every second text or so
-    has all that it may have, which tells most; the others have a random number: were it always 5
-    where there are as many, a text's length would tell how ill the patient is, and the prompt, one
-    sentence, would look like the healthy. The text is the report's summary where there is one, else
-    the report. The same (seed, epoch, item) gives the same draw, so a resumed run goes on exactly.
+    Each key (epoch, item) is a new draw: one of the report's volumes, a random crop of it, and 1 to
+    n_sentences sentences of the text in random order (paper, implementation details). The text is
+    the report's summary where there is one, else the report. The same seed and key give the same
+    draw, so that a resumed run goes on exactly.
+
+    About every second draw has as many sentences as it may, since these tell most; the others have
+    a random number. Were it always 5 where there are as many, a text's length would tell how ill
+    the patient is, and a prompt, which is one sentence, would look like the healthy.
     """
 
     def __init__(self, rows, cache, summaries=None, crop=None, n_sentences=5, seed=0):
@@ -734,10 +706,13 @@ class ReportVolumes(torch.utils.data.Dataset):
                 by_report.setdefault(row.report, []).append(row)
         if not by_report:
             raise ValueError("no row has a report, so there is nothing to train on")
-        self.items = []
+        self.items = []  # (the rows of one report, the sentences of its text)
         for group in by_report.values():
             self.items.append((group, sentences(text_of(group[0], summaries or {}))))
-        self.cache, self.crop, self.n_sentences, self.seed = cache, crop, n_sentences, seed
+        self.cache = cache
+        self.crop = crop
+        self.n_sentences = n_sentences
+        self.seed = seed
 
     def __len__(self):
         return len(self.items)
@@ -762,7 +737,8 @@ class Volumes(torch.utils.data.Dataset):
     """Evaluation: each row's whole cached volume as int16 HU (1, X, Y, Z)."""
 
     def __init__(self, rows, cache):
-        self.rows, self.cache = rows, cache
+        self.rows = rows
+        self.cache = cache
 
     def __len__(self):
         return len(self.rows)
@@ -771,7 +747,52 @@ class Volumes(torch.utils.data.Dataset):
         return torch.from_numpy(numpy.array(self.cache.read(self.rows[i])))[None]
 
 
-# ---- 6. Command line -----------------------------------------------------------------------------
+# ---- 7. Files ------------------------------------------------------------------------------------
+
+def read_csv(path, *needed):
+    """A CSV with a header as a list of dicts; ValueError unless it is UTF-8 with these columns.
+
+    A cell that a line lacks is "".
+    """
+    csv.field_size_limit(1 << 24)
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file, restkey="", restval="")
+            header = reader.fieldnames or []
+            missing = [column for column in needed if column not in header]
+            if missing:
+                raise ValueError(f"{path}: has no column {', '.join(missing)}; "
+                                 f"its header reads: {','.join(header)[:200]}")
+            return list(reader)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file") from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path}: not a CSV file in UTF-8 ({error})") from None
+
+
+def write_csv(path, lines):
+    """Write lines of cells as a CSV, atomically; None is an empty cell."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(lines)
+    write_atomically(path, text.getvalue().encode())
+
+
+def write_atomically(path, content):
+    """Write bytes to a temporary name beside path, sync, rename: a killed run leaves old or new."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# ---- 8. Command line -----------------------------------------------------------------------------
 
 def run_command(main):
     """Run a command line's main() -> exit status; bad input is 2 and one line on standard error."""
@@ -782,36 +803,37 @@ def run_command(main):
         return 2
 
 
-def _manifest_command(a):
-    if a.dataset == "ct-rate":
-        rows = ct_rate_manifest(a.root, a.split, a.release)
+def _manifest_command(options):
+    if options.dataset == "ct-rate":
+        rows = ct_rate_manifest(options.root, options.split, options.release)
     else:
-        rows = rad_chestct_manifest(a.root, a.split)
-    write_manifest(rows, a.out)
+        rows = rad_chestct_manifest(options.root, options.split)
+    write_manifest(rows, options.out)
     scans = len({row.scan for row in rows})
     patients = len({row.patient for row in rows})
     absent = sum(not row.path.exists() for row in rows)
-    lacking = f"; {absent} volumes are not on this disk" if absent else ""
-    print(f"{a.out}: {len(rows)} volumes of {scans} scans of {patients} patients{lacking}")
+    note = f"; {absent} volumes are not on this disk" if absent else ""
+    print(f"{options.out}: {len(rows)} volumes of {scans} scans of {patients} patients{note}")
 
 
-def _check_command(a):
-    rows, bad = read_manifest(a.manifest), []
-    for texts, row in zip(_in_threads(problems, rows, a.workers, "check"), rows):
+def _check_command(options):
+    rows = read_manifest(options.manifest)
+    bad = []
+    for row, texts in zip(rows, _map_in_threads(problems, rows, options.workers, "check")):
         bad += [(row.name, text) for text in texts]
     width = max((len(name) for name, _ in bad), default=0)
     for name, text in bad:
         print(f"{name:{width}}  {text}")
-    print(f"{len(rows)} volumes, {len({name for name, _ in bad})} with a problem")
+    print(f"{len(rows)} volumes, {len(dict(bad))} with a problem")
     return 1 if bad else 0
 
 
-def _prepare_command(a):
-    shard, shards = a.shard
-    rows = read_manifest(a.manifest)[shard - 1::shards]
-    cache = Cache(a.out, a.spacing, a.shape, a.hu_range)
-    ready, skipped = prepare(rows, cache, a.workers)
-    print(f"{a.out}: {len(ready)} volumes ready, {len(skipped)} skipped")
+def _prepare_command(options):
+    part, parts = options.shard
+    rows = read_manifest(options.manifest)[part - 1::parts]
+    cache = Cache(options.out, options.spacing, options.shape, options.hu_range)
+    ready, skipped = prepare(rows, cache, options.workers)
+    print(f"{options.out}: {len(ready)} volumes ready, {len(skipped)} skipped")
 
 
 def _shard(text):
@@ -824,15 +846,14 @@ def _shard(text):
 def main(argv=None):
     """The command line."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
 
     command = commands.add_parser(
         "manifest", help="write manifest.csv from a data set's own files",
         epilog="example: python data.py manifest --dataset ct-rate --root CT-RATE --split valid "
-        "--out manifest.csv",
-    )
+               "--out manifest.csv")
+    command.set_defaults(run=_manifest_command)
     add = command.add_argument
     add("--dataset", choices=["ct-rate", "rad-chestct"], required=True)
     add("--root", type=Path, required=True, help="the folder that the data set was downloaded to")
@@ -840,35 +861,32 @@ def main(argv=None):
     add("--release", type=int, choices=[1, 2],
         help="CT-RATE's; default: 2 (the _fixed folders) where it is there")
     add("--out", type=Path, required=True)
-    command.set_defaults(run=_manifest_command)
 
     command = commands.add_parser(
         "check", help="read every volume and list what is wrong",
-        epilog="example: python data.py check manifest.csv",
-    )
+        epilog="example: python data.py check manifest.csv")
+    command.set_defaults(run=_check_command)
     command.add_argument("manifest", type=Path)
     command.add_argument("--workers", type=int)
-    command.set_defaults(run=_check_command)
 
     command = commands.add_parser(
         "prepare", help="preprocess every volume into a cache; resumable",
-        epilog="example: python data.py prepare manifest.csv --out cache --shard 1/4",
-    )
+        epilog="example: python data.py prepare manifest.csv --out cache --shard 1/4")
+    command.set_defaults(run=_prepare_command)
     add = command.add_argument
     add("manifest", type=Path)
     add("--out", type=Path, required=True, help="the cache's folder")
-    add("--spacing", type=float, nargs=3, default=(1.5, 1.5, 3.0), metavar="MM",
+    add("--spacing", type=float, nargs=3, default=SPACING, metavar="MM",
         help="x y z; default 1.5 1.5 3.0")
-    add("--shape", type=int, nargs=3, default=(256, 256, 128), metavar="N",
+    add("--shape", type=int, nargs=3, default=SHAPE, metavar="N",
         help="x y z; default 256 256 128")
-    add("--hu-range", type=int, nargs=2, default=(-1000, 1000), metavar="HU")
+    add("--hu-range", type=int, nargs=2, default=HU_RANGE, metavar="HU")
     add("--workers", type=int, help="threads; default: one per core")
     add("--shard", type=_shard, default=(1, 1), metavar="I/N",
         help="the I-th of N parts, for N machines")
-    command.set_defaults(run=_prepare_command)
 
-    a = parser.parse_args(argv)
-    return a.run(a)
+    options = parser.parse_args(argv)
+    return options.run(options)
 
 
 if __name__ == "__main__":

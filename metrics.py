@@ -1,11 +1,11 @@
-"""Scores and labels to numbers: AUROC and its kin with intervals over patients, thresholds, tests,
+"""Scores and labels to numbers: AUROC and its kin with intervals over patients, tests, thresholds,
 retrieval, the modality gap. Arrays in, numbers out.
 
-    AUROC = share of (positive, negative) pairs in which the positive scores higher, ties half
-          = (sum of the positives' ranks - P (P + 1) / 2) / (P N)
+    AUROC = share of the pairs (a positive case, a negative case) in which the positive has the
+            higher score; equal scores count half
 
-Scores (N, C) are numbers, labels (N, C) are 0, 1, or NaN where unknown; N cases, C classes. This
-file needs nothing of the project, so copy it.
+Scores (N, C) are numbers, labels (N, C) are 1, 0, or NaN where unknown, of N cases and C classes.
+No other file of the project is needed.
 
 Example:
 
@@ -27,7 +27,8 @@ METRICS = (
     "auroc", "auprc", "f1", "f1_weighted", "accuracy", "precision", "recall", "specificity",
 )
 
-# ---- 1. One number a class -----------------------------------------------------------------------
+
+# ---- 1. The metrics of each class, plainly -------------------------------------------------------
 
 def auroc(scores, labels):
     """Area under the ROC curve of each class: (N, C) -> (C,); NaN without both kinds of case."""
@@ -36,148 +37,69 @@ def auroc(scores, labels):
 
 
 def _auroc(scores, labels):
-    positive, negative = scores[labels == 1], scores[labels == 0]
-    P, N = len(positive), len(negative)
-    if P == 0 or N == 0:
-        return np.nan
-    ranks = mean_ranks(np.concatenate([positive, negative]))
-    return (ranks[:P].sum() - P * (P + 1) / 2) / (P * N)
+    """The Mann-Whitney statistic: each positive's rank among the negatives, summed, over pairs."""
+    positives, negatives = scores[labels == 1], scores[labels == 0]
+    pairs = len(positives) * len(negatives)
+    return _ranks_among(negatives, positives).sum() / pairs if pairs else np.nan
 
 
-def mean_ranks(values):
-    """Ranks from 1 of values (N,); equal values share the mean of theirs."""
-    ordered = np.sort(values)
-    below = np.searchsorted(ordered, values, "left")
-    up_to = np.searchsorted(ordered, values, "right")
-    return (below + 1 + up_to) / 2
+def _ranks_among(others, scores):
+    """How many of the others lie below each score; equal ones count half."""
+    others = np.sort(others)
+    below = np.searchsorted(others, scores, "left")
+    not_above = np.searchsorted(others, scores, "right")
+    return (below + not_above) / 2
 
 
 def per_class(scores, labels, thresholds):
     """Every metric of each class, as scikit-learn defines it: dict of METRICS, each (C,).
 
-    thresholds (C,) or (N, C): a case is predicted positive if score > threshold. 0 where a ratio's
-    denominator is 0; unknown labels are left out; a class without any label is NaN throughout.
-    Raises ValueError for shapes that differ, NaN scores and labels other than 0, 1, NaN.
+    thresholds (C,) or (N, C): a case is predicted positive if score > threshold. A ratio is 0 where
+    its denominator is. Unknown labels are left out; a class without any label is NaN throughout,
+    one with a NaN threshold where a threshold matters. Raises ValueError for shapes that differ,
+    NaN scores and labels other than 0, 1, NaN.
     """
-    once = torch.ones(len(scores), 1)
-    values = _weighted(scores, labels, np.arange(len(scores)), thresholds, once)
-    return {key: value[0] for key, value in values.items()}
-
-
-def roc_curve(scores, labels):
-    """(false positive rate, recall) of one class's scores, labels (N,) at every distinct threshold.
-
-    From (0, 0) to (1, 1); equal scores are one step.
-    """
-    known = ~np.isnan(labels)
-    scores, labels = scores[known], labels[known]
-    order = np.argsort(-scores, kind="stable")
-    last_of_ties = np.flatnonzero(np.r_[np.diff(scores[order]) != 0, True])
-    hits = np.cumsum(labels[order])[last_of_ties]
-    false_alarms = last_of_ties + 1 - hits
-    return np.r_[0, false_alarms / (labels == 0).sum()], np.r_[0, hits / labels.sum()]
-
-
-def _checked(scores, labels):
-    scores, labels = np.asarray(scores, np.float64), np.asarray(labels, np.float64)
-    if scores.ndim != 2 or scores.shape != labels.shape:
-        shapes = f"scores {scores.shape} and labels {labels.shape}"
-        raise ValueError(f"{shapes} must have the same shape (N, C)")
-    if np.isnan(scores).any() or not (np.isnan(labels) | (labels == 0) | (labels == 1)).all():
-        raise ValueError("scores must not be NaN; labels must be 0, 1 or NaN for unknown")
-    return scores, labels
-
-
-# ---- 2. Intervals over patients ------------------------------------------------------------------
-#
-# A resample draws patients with replacement; their cases come and go together. It is a column of
-# integer weights, and every metric is a sum of weights over the cases in the order of their scores:
-# so all resamples are done at once and nothing is sorted twice.
-
-def bootstrap(scores, labels, groups, thresholds, n=1000, seed=0):
-    """The metrics of n resamples of the patients: dict of METRICS, each (n, C).
-
-    groups (N,): the patient of each case, of any type that sorts; the order of the cases has no
-    influence. The same as per_class of each resample's cases, to rounding.
-    """
-    patients, groups = np.unique(np.asarray(groups), return_inverse=True)
-    drawn = np.random.default_rng(seed).integers(len(patients), size=(n, len(patients)))
-    cells = drawn + np.arange(n)[:, None] * len(patients)
-    counts = np.bincount(cells.ravel(), minlength=n * len(patients)).reshape(n, -1)
-    weights = torch.from_numpy(counts.T.astype(np.float32, order="C"))              # (patients, n)
-    blocks = {key: [] for key in METRICS}
-    for block in weights.split(1024, dim=1):
-        values = _weighted(scores, labels, groups, thresholds, block.contiguous())
-        for key in METRICS:
-            blocks[key].append(values[key])
-    return {key: np.concatenate(parts) for key, parts in blocks.items()}
-
-
-def _weighted(scores, labels, groups, thresholds, weights):
-    """The metrics with group g counted weights[g, i] times: weights (G, n) -> dict of (n, C)."""
     scores, labels = _checked(scores, labels)
+    auprc = [_average_precision(s, y) for s, y in zip(scores.T, labels.T)]
+    counted = _counted(scores, labels, thresholds, lambda cases: cases.sum(0, dtype=np.float64))
+    return {"auroc": auroc(scores, labels), "auprc": np.array(auprc), **counted}
+
+
+def _average_precision(scores, labels):
+    """Mean over the positives of the precision if every case from their score on is predicted."""
+    positives, negatives = scores[labels == 1], scores[labels == 0]
+    if not len(positives):
+        return 0.0 if len(negatives) else np.nan
+    levels, count = np.unique(positives, return_counts=True)
+    tp, fp = _at_or_above(levels, positives), _at_or_above(levels, negatives)
+    # torch's sum, as in section 2, so that both give the same last digit
+    return torch.from_numpy(count * tp / (tp + fp)).sum().item() / len(positives)
+
+
+def _at_or_above(levels, scores):
+    """How many of the scores are at each level or above it."""
+    return len(scores) - np.searchsorted(np.sort(scores), levels)
+
+
+def _counted(scores, labels, thresholds, count):
+    """The metrics that count cases; count: cases (N, C), bool -> their number, float (..., C)."""
     thresholds = np.broadcast_to(np.asarray(thresholds, np.float64), scores.shape)
     positive, negative, predicted = labels == 1, labels == 0, scores > thresholds
-    rows = torch.from_numpy(np.asarray(groups, np.int64))
-
-    def total(cases):
-        """Weight of the cases (N, C) of each class: (n, C)."""
-        per_group = torch.zeros(len(weights), cases.shape[1])
-        per_group.index_add_(0, rows, torch.from_numpy(cases.astype(np.float32)))
-        return (weights.T @ per_group).double().numpy()
-
-    positives, negatives = total(positive), total(negative)
-    known = positives + negatives
-    tp, fp = total(positive & predicted), total(negative & predicted)
-    fn, tn = positives - tp, negatives - fp
+    tp, fp = count(positive & predicted), count(negative & predicted)
+    fn, tn = count(positive & ~predicted), count(negative & ~predicted)
+    known = tp + fn + fp + tn
     f1 = _ratio(2 * tp, 2 * tp + fp + fn)
     f1_of_negatives = _ratio(2 * tn, 2 * tn + fp + fn)
     out = {
         "f1": f1,
-        "f1_weighted": _ratio(positives * f1 + negatives * f1_of_negatives, known),
+        "f1_weighted": _ratio((tp + fn) * f1 + (fp + tn) * f1_of_negatives, known),
         "accuracy": _ratio(tp + tn, known),
         "precision": _ratio(tp, tp + fp),
-        "recall": _ratio(tp, positives),
-        "specificity": _ratio(tn, negatives),
+        "recall": _ratio(tp, tp + fn),
+        "specificity": _ratio(tn, fp + tn),
     }
-    no_threshold = np.isnan(thresholds).any(0)
-    out = {key: np.where(no_threshold, np.nan, value) for key, value in out.items()}
-    out |= {"auroc": np.empty(known.shape), "auprc": np.empty(known.shape)}
-    for c in range(scores.shape[1]):
-        areas = _weighted_areas(scores[:, c], positive[:, c], negative[:, c], rows, weights)
-        out["auroc"][:, c], out["auprc"][:, c] = areas
-    out["auroc"][(positives == 0) | (negatives == 0)] = np.nan
-    return {key: np.where(known == 0, np.nan, out[key]) for key in METRICS}
-
-
-def _weighted_areas(scores, positive, negative, rows, weights):
-    """AUROC and average precision of one class, (n,) each.
-
-    Every positive counts the negatives below it, and the cases not below it. Both change at
-    positives alone, so the cases are first tallied between the positives' K distinct scores.
-    """
-    levels = np.unique(scores[positive])
-
-    def tally(cases, side):
-        """Weights of the cases between the levels: (K + 1, n)."""
-        bins = np.searchsorted(levels, scores[cases], side)
-        order = np.argsort(bins, kind="stable")
-        starts = torch.from_numpy(np.searchsorted(bins[order], np.arange(len(levels) + 1)))
-        ordered = rows[torch.from_numpy(cases)][order]
-        return F.embedding_bag(ordered, weights, starts, mode="sum")
-
-    at_level = tally(positive, "left")[:-1].double()                                        # (K, n)
-    up_to_bin = tally(negative, "right").cumsum(0, dtype=torch.float64)
-    below, negatives = up_to_bin[:-1], up_to_bin[-1]
-    not_above = below
-    if np.isin(scores[negative], levels).any():
-        not_above = tally(negative, "left").cumsum(0, dtype=torch.float64)[:-1]
-    positives = at_level.sum(0)
-    positives_from = positives - at_level.cumsum(0) + at_level
-    area = (at_level * (below + not_above)).sum(0) / (2 * positives * negatives)
-    predicted = positives_from + negatives - below
-    precision = (at_level * positives_from / predicted.clamp(min=1)).sum(0)
-    return area.numpy(), (precision / positives.clamp(min=1)).numpy()
+    undefined = np.isnan(thresholds).any(0) | (known == 0)
+    return {key: np.where(undefined, np.nan, value) for key, value in out.items()}
 
 
 def _ratio(numerator, denominator):
@@ -185,14 +107,48 @@ def _ratio(numerator, denominator):
     return np.divide(numerator, denominator, out=out, where=denominator > 0)
 
 
-def interval(samples, level=0.95):
-    """Percentile interval of samples (n, ...) along the first axis: (2, ...); NaN is left out."""
-    samples = np.asarray(samples)
-    ends = np.full((2, *samples.shape[1:]), np.nan)
-    usable = ~np.isnan(samples).all(axis=0)
-    percents = [50 - 50 * level, 50 + 50 * level]
-    ends[:, usable] = np.nanpercentile(samples[:, usable], percents, axis=0)
-    return ends
+def _checked(scores, labels):
+    scores, labels = np.asarray(scores, np.float64), np.asarray(labels, np.float64)
+    if scores.ndim != 2 or scores.shape != labels.shape:
+        raise ValueError(f"scores {scores.shape} and labels {labels.shape} must have the same "
+                         "shape (N, C)")
+    if np.isnan(scores).any() or not (np.isnan(labels) | (labels == 0) | (labels == 1)).all():
+        raise ValueError("scores must not be NaN; labels must be 0, 1 or NaN for unknown")
+    return scores, labels
+
+
+def roc_curve(scores, labels):
+    """(false positive rate, recall) of one class's scores, labels (N,) at every distinct threshold.
+
+    From (0, 0) to (1, 1); equal scores are one step.
+    """
+    positives, negatives = scores[labels == 1], scores[labels == 0]
+    levels = np.unique(np.append(positives, negatives))[::-1]
+    false_positive_rate = _at_or_above(levels, negatives) / len(negatives)
+    recall = _at_or_above(levels, positives) / len(positives)
+    return np.append(0, false_positive_rate), np.append(0, recall)
+
+
+def top_k(scores, labels, k):
+    """Strict (recall, precision) at k of a scan, averaged over scans; ties count against.
+
+    Recall: the share of a scan's abnormalities among its k highest classes. Precision: the share of
+    these k that it has. Classes with a known label are ranked within each row of scores (N, C). A
+    scan without any is left out, of recall also one without an abnormality.
+    """
+    scores, labels = np.asarray(scores, np.float64), np.asarray(labels, np.float64)
+    known, present = ~np.isnan(labels), labels == 1
+    scores = np.where(known, scores, -np.inf)
+    rank = (scores[:, None, :] >= scores[:, :, None]).sum(-1)  # 1 = best; ties share the worst
+    hits = (present & (rank <= k)).sum(1)
+    affected = present.any(1)
+    recall = hits[affected] / present[affected].sum(1)
+    precision = hits[known.any(1)] / k
+    return _mean(recall), _mean(precision)
+
+
+def _mean(values):
+    return float(values.mean()) if len(values) else math.nan
 
 
 def nanmean(values):
@@ -212,6 +168,79 @@ def by_scan(values, scans):
     return (sums / np.bincount(index)[:, None])[np.argsort(first)]
 
 
+# ---- 2. Their intervals: resamples of the patients -----------------------------------------------
+#
+# A resample draws patients with replacement; their cases come and go together, since one patient's
+# volumes aren't independent. A case that is drawn twice counts twice, so a resample is a column of
+# integer weights, and the metrics of section 1 are sums of weights. All resamples are done at once.
+
+def bootstrap(scores, labels, groups, thresholds, n=1000, seed=0):
+    """The metrics of n resamples of the patients: dict of METRICS, each (n, C).
+
+    groups (N,): the patient of each case, of any type that sorts; the order of the cases has no
+    influence. The same as per_class of the cases of each resample, to rounding.
+    """
+    scores, labels = _checked(scores, labels)
+    patients, groups = np.unique(np.asarray(groups), return_inverse=True)
+    drawn = np.random.default_rng(seed).integers(len(patients), size=(n, len(patients)))
+    counts = np.stack([np.bincount(line, minlength=len(patients)) for line in drawn], axis=1)
+    return _weighted(scores, labels, thresholds, torch.from_numpy(counts[groups]).float())
+
+
+def _weighted(scores, labels, thresholds, weights):
+    """per_class with each case counted as often as its line of weights (N, n) says: (n, C)."""
+
+    def total(cases):
+        return (weights.T @ torch.from_numpy(cases).float()).double().numpy()
+
+    areas = [_weighted_areas(s, y, weights) for s, y in zip(scores.T, labels.T)]
+    areas = np.stack(areas, axis=-1)  # (2, n, C)
+    counted = _counted(scores, labels, thresholds, total)
+    return {"auroc": areas[0], "auprc": areas[1], **counted}
+
+
+def _weighted_areas(scores, labels, weights):
+    """AUROC and average precision of one class: (2, n).
+
+    Both are sums over the positives. So the cases are tallied between the K distinct scores of
+    these ("levels"), and the tallies summed up from the lowest, for all resamples at once.
+    """
+    positive, negative = labels == 1, labels == 0
+    levels = np.unique(scores[positive])
+
+    def tally(cases, side):
+        """Weights of the cases between the levels; side: where those at a level go: (K + 1, n)."""
+        cases = np.flatnonzero(cases)
+        bins = np.searchsorted(levels, scores[cases], side)
+        order = np.argsort(bins)
+        starts = torch.from_numpy(np.searchsorted(bins[order], np.arange(len(levels) + 1)))
+        return F.embedding_bag(torch.from_numpy(cases[order]), weights, starts, mode="sum")
+
+    count = tally(positive, "left")[:-1].double()  # (K, n)
+    ties = tally(negative & np.isin(scores, levels), "left")[:-1]
+    up_to = tally(negative, "right").cumsum(0, dtype=torch.float64)
+    below, negatives = up_to[:-1], up_to[-1]
+    positives = count.sum(0)
+    area = (count * (2 * below + ties)).sum(0) / (2 * positives * negatives)
+    tp = positives - count.cumsum(0) + count
+    fp = negatives - below
+    average_precision = (count * tp / (tp + fp).clamp(min=1)).sum(0) / positives.clamp(min=1)
+    average_precision[positives + negatives == 0] = math.nan
+    return torch.stack([area, average_precision]).numpy()
+
+
+def interval(samples, level=0.95):
+    """Percentile interval of samples (n, ...) along the first axis: (2, ...); NaN is left out."""
+    samples = np.asarray(samples)
+    ends = np.full((2, *samples.shape[1:]), np.nan)
+    usable = ~np.isnan(samples).all(axis=0)
+    percents = [50 - 50 * level, 50 + 50 * level]
+    ends[:, usable] = np.nanpercentile(samples[:, usable], percents, axis=0)
+    return ends
+
+
+# ---- 3. Two models on the same cases -------------------------------------------------------------
+
 def delong(scores_a, scores_b, labels, groups=None):
     """DeLong's test that two models have the same AUROC: scores, labels (N,) -> two-sided p.
 
@@ -225,22 +254,18 @@ def delong(scores_a, scores_b, labels, groups=None):
         columns = zip(scores_a.T, scores_b.T, labels.T)
         return np.array([delong(a, b, y, groups) for a, b, y in columns])
     positive, negative = labels == 1, labels == 0
-    m, n = positive.sum(), negative.sum()
-    if m == 0 or n == 0:
+    if not positive.any() or not negative.any():
         return np.nan
-    above_a, below_a = placements(scores_a, positive, negative)
-    above_b, below_b = placements(scores_b, positive, negative)
-    of_positives, of_negatives = above_a - above_b, below_a - below_b
+    positives_a, negatives_a = placements(scores_a, positive, negative)
+    positives_b, negatives_b = placements(scores_b, positive, negative)
+    of_positives, of_negatives = positives_a - positives_b, negatives_a - negatives_b
     difference = of_positives.mean()
     if groups is None:
-        variance = sum(
-            np.var(part, ddof=1) / len(part) if len(part) > 1 else np.inf
-            for part in (of_positives, of_negatives)
-        )
+        variance = _variance_of_mean(of_positives) + _variance_of_mean(of_negatives)
     else:
         influence = np.zeros(len(labels))
-        influence[positive] = (of_positives - difference) / m
-        influence[negative] = (of_negatives - difference) / n
+        influence[positive] = (of_positives - difference) / len(of_positives)
+        influence[negative] = (of_negatives - difference) / len(of_negatives)
         known = positive | negative
         patients, index = np.unique(np.asarray(groups)[known], return_inverse=True)
         if len(patients) == 1:
@@ -252,39 +277,22 @@ def delong(scores_a, scores_b, labels, groups=None):
     return math.erfc(abs(difference) / math.sqrt(2 * variance)) if variance > 0 else 0.0
 
 
+def _variance_of_mean(values):
+    return np.var(values, ddof=1) / len(values) if len(values) > 1 else np.inf
+
+
 def placements(scores, positive, negative):
-    """The shares of negatives below each positive and of positives above each negative."""
-    above, below = np.sort(scores[positive]), np.sort(scores[negative])
+    """The shares of negatives below each positive and of positives above each negative, ties half.
 
-    def share_below(values, ordered):
-        left, right = (np.searchsorted(ordered, values, side) for side in ("left", "right"))
-        return (left + right) / (2 * len(ordered))
-    return share_below(scores[positive], below), 1 - share_below(scores[negative], above)
-
-
-def top_k(scores, labels, k):
-    """Strict (recall, precision) at k per scan, averaged over scans; ties count against.
-
-    Recall: the share of a scan's abnormalities among its k highest classes; precision: the share of
-    these k that it has. Classes with a known label are ranked within each row of scores (N, C); a
-    scan without any is left out, of recall also one without an abnormality.
+    positive, negative (N,) are masks. The mean of either share is the AUROC.
     """
-    scores, labels = np.asarray(scores, np.float64), np.asarray(labels, np.float64)
-    some_known = ~np.isnan(labels).all(1)
-    scores, labels = scores[some_known], labels[some_known]
-    ranked = np.where(np.isnan(labels), -np.inf, scores)
-    rank = (ranked[:, None, :] >= ranked[:, :, None]).sum(-1)  # 1 = best; ties share the worst
-    present = labels == 1
-    hits, affected = (present & (rank <= k)).sum(1), present.any(1)
-    recall, precision = math.nan, math.nan
-    if affected.any():
-        recall = float((hits[affected] / present[affected].sum(1)).mean())
-    if len(hits):
-        precision = float((hits / k).mean())
-    return recall, precision
+    positives, negatives = scores[positive], scores[negative]
+    below = _ranks_among(negatives, positives) / len(negatives)
+    above = 1 - _ranks_among(positives, negatives) / len(positives)
+    return below, above
 
 
-# ---- 3. Thresholds -------------------------------------------------------------------------------
+# ---- 4. Thresholds -------------------------------------------------------------------------------
 
 def best_thresholds(scores, labels):
     """The threshold of each class with the largest recall + specificity: (N, C) -> (C,).
@@ -299,9 +307,8 @@ def _youden(scores, labels):
     positive, negative = np.sort(scores[labels == 1]), np.sort(scores[labels == 0])
     if not len(positive) or not len(negative):
         return np.nan
-    levels = np.unique(np.concatenate([positive, negative]))
-    between = (levels[:-1] + levels[1:]) / 2
-    cuts = np.concatenate([[levels[0] - 1e-6], between])
+    levels = np.unique(np.append(positive, negative))
+    cuts = np.append(levels[0] - 1e-6, (levels[:-1] + levels[1:]) / 2)
     specificity = np.searchsorted(negative, cuts, "right") / len(negative)
     missed = np.searchsorted(positive, cuts, "right") / len(positive)
     return cuts[np.argmax(specificity - missed)]
@@ -327,7 +334,7 @@ def split_half_thresholds(scores, labels, groups, seed=0):
     return out
 
 
-# ---- 4. Retrieval and the modality gap -----------------------------------------------------------
+# ---- 5. Retrieval and the modality gap -----------------------------------------------------------
 
 def _unit(x, dtype=torch.float32):
     return F.normalize(torch.as_tensor(x).to(dtype), dim=-1)
@@ -341,28 +348,26 @@ def retrieval(v, t, items=None, ks=(1, 5, 10, 50, 100)):
     """
     v, t = _unit(v), _unit(t)
     items = np.arange(len(v)) if items is None else np.asarray(items)
-    _, first, index = np.unique(items, return_index=True, return_inverse=True)
-    index, reports = torch.from_numpy(index), t[first]                                      # (R, d)
-    to_report, to_volume = [], []
-    for rows in torch.arange(len(v)).split(1024):
-        similarity = v[rows] @ reports.T
-        own = similarity.gather(1, index[rows, None])
-        to_report.append((similarity >= own).sum(1))  # counts itself: 1 = best
-    for rows in torch.arange(len(reports)).split(1024):
-        similarity = reports[rows] @ v.T
-        right = index[None] == rows[:, None]
-        best = similarity.masked_fill(~right, -math.inf).amax(1, keepdim=True)
-        to_volume.append(((similarity >= best) & ~right).sum(1) + 1)
+    _, first, report = np.unique(items, return_index=True, return_inverse=True)
+    report, t = torch.from_numpy(report), t[first]  # (N,), (R, d)
+    reports = torch.arange(len(t))
     return {
-        "volume_to_report": _rank_statistics(torch.cat(to_report), len(reports), ks),
-        "report_to_volume": _rank_statistics(torch.cat(to_volume), len(v), ks),
+        "volume_to_report": _search(v, t, report, reports, ks),
+        "report_to_volume": _search(t, v, reports, report, ks),
     }
 
 
-def _rank_statistics(ranks, candidates, ks):
-    ranks = ranks.double()
-    out = {f"recall@{k}": float((ranks <= k).double().mean()) for k in ks}
-    return out | {"median_rank": float(np.median(ranks)), "candidates": candidates}
+def _search(queries, candidates, query_items, candidate_items, ks):
+    """Of each query the rank of its best candidate of the same item, 1 = first, as statistics."""
+    ranks = []
+    for rows in torch.arange(len(queries)).split(1024):
+        similarity = queries[rows] @ candidates.T
+        right = query_items[rows, None] == candidate_items
+        best = similarity.masked_fill(~right, -math.inf).amax(1, keepdim=True)
+        ranks.append(((similarity >= best) & ~right).sum(1) + 1)
+    ranks = torch.cat(ranks)
+    out = {f"recall@{k}": _mean((ranks <= k).double()) for k in ks}
+    return out | {"median_rank": float(np.median(ranks)), "candidates": len(candidates)}
 
 
 def map_at_k(v, labels, groups, ks=(1, 5, 10, 50)):
@@ -374,24 +379,25 @@ def map_at_k(v, labels, groups, ks=(1, 5, 10, 50)):
     candidates.
     """
     v = _unit(v)
-    present = torch.from_numpy((np.asarray(labels) == 1).astype(np.float32))
+    present = torch.from_numpy(np.asarray(labels) == 1).float()
     patient = torch.from_numpy(np.unique(np.asarray(groups), return_inverse=True)[1])
-    deepest, chance = min(max(ks), len(v)), []
-    scores = {k: [] for k in ks}
+    deepest = min(max(ks), len(v))
+    hits, n_right, chance = [], [], []
     for rows in torch.arange(len(v)).split(1024):
-        other = patient[rows, None] != patient[None]
+        other = patient[rows, None] != patient
         right = (present[rows] @ present.T > 0) & other
         some = right.any(1)
         rows, other, right = rows[some], other[some], right[some]
         similarity = (v[rows] @ v.T).masked_fill(~other, -math.inf)
-        hit = right.gather(1, similarity.topk(deepest, dim=1).indices).double()
-        precision = hit.cumsum(1) / torch.arange(1, deepest + 1)
+        hits.append(right.gather(1, similarity.topk(deepest, dim=1).indices).double())
+        n_right.append(right.sum(1))
         chance.append(right.sum(1) / other.sum(1))
-        for k in ks:
-            scores[k].append((hit * precision)[:, :k].sum(1) / right.sum(1).clamp(max=k))
-    out = {f"map@{k}": torch.cat(values) for k, values in scores.items()}
-    out["chance"] = torch.cat(chance)
-    return {key: float(values.mean()) if len(values) else math.nan for key, values in out.items()}
+    hits, n_right = torch.cat(hits), torch.cat(n_right)
+    precision = hits.cumsum(1) / torch.arange(1, deepest + 1)
+    out = {}
+    for k in ks:
+        out[f"map@{k}"] = _mean((hits * precision)[:, :k].sum(1) / n_right.clamp(max=k))
+    return out | {"chance": _mean(torch.cat(chance))}
 
 
 def modality_gap(v, t):
@@ -420,8 +426,8 @@ def linear_separability(v, t):
     """
     fold, right = torch.arange(len(v)) % 2, []
     for held_out in (0, 1):
-        train, test = fold != held_out, fold == held_out
-        x = torch.cat([v[train], t[train]])
+        test = fold == held_out
+        x = torch.cat([v[~test], t[~test]])
         y = torch.cat([torch.ones(len(x) // 2), -torch.ones(len(x) // 2)]).to(x)
         weight, bias = ridge(x, y[:, None])
         right += [v[test] @ weight + bias > 0, t[test] @ weight + bias <= 0]

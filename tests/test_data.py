@@ -1,6 +1,5 @@
 """data.py: volumes as SimpleITK reads and resamples them, every bad file said in one line, a cache
 that survives kills."""
-
 import csv
 import gzip
 import json
@@ -10,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import nibabel
 import numpy
@@ -22,13 +22,9 @@ CT = Path(__file__).parents[2] / "shared" / "ct"
 real_scans = pytest.mark.skipif(not CT.exists(), reason="the real scans are not here")
 
 
-def save_nifti(path, array, affine=None, **header):
-    image = nibabel.Nifti1Image(
-        array, numpy.diag([-1.5, -1.5, 2.0, 1]) if affine is None else affine
-    )
-    for key, value in header.items():
-        image.header[key] = value
-    nibabel.save(image, path)
+def save_nifti(path, array, affine=None):
+    affine = numpy.diag([-1.5, -1.5, 2.0, 1]) if affine is None else affine
+    nibabel.save(nibabel.Nifti1Image(array, affine), path)
     return path
 
 
@@ -42,16 +38,23 @@ def write_manifest(folder, lines, header="name,path"):
     return path
 
 
-# ---- reading
+def manifest_of(folder, names):
+    return write_manifest(folder, [f"{name},{name}.nii.gz" for name in names])
 
+
+def cached(folder):
+    return sorted(folder.glob("cache/*.npy"))
+
+
+# ---- reading
 
 def test_any_axis_order_gives_the_same_array_to_the_voxel(tmp_path):
     hu, lps = hu_volume(), numpy.diag([-1.5, -1.4, 2.0, 1])
     image = nibabel.Nifti1Image(hu, lps)
+    orientations = nibabel.orientations
     for code in ("LPS", "RAS", "LAS", "SPL", "AIR", "PSR"):
-        turn = nibabel.orientations.ornt_transform(
-            nibabel.io_orientation(lps), nibabel.orientations.axcodes2ornt(code)
-        )
+        wanted = orientations.axcodes2ornt(code)
+        turn = orientations.ornt_transform(nibabel.io_orientation(lps), wanted)
         nibabel.save(image.as_reoriented(turn), tmp_path / f"{code}.nii.gz")
         volume = data.read_volume(tmp_path / f"{code}.nii.gz")
         assert numpy.array_equal(volume.hu, hu)
@@ -73,26 +76,21 @@ def test_slope_and_intercept_replace_the_headers_and_are_applied_once(tmp_path):
     hu = hu_volume()
     raw = save_nifti(tmp_path / "raw.nii.gz", (hu + 1024).astype(numpy.int16))
     assert numpy.array_equal(data.read_volume(raw, slope=1, intercept=-1024).hu, hu)
-    image = nibabel.Nifti1Image(
-        (hu.astype(numpy.int32) + 1024).astype(numpy.uint16), numpy.diag([-1, -1, 1, 1])
-    )
-    image.header.set_slope_inter(1, -1024)
-    content = bytearray(
-        image.to_bytes()
-    )  # nibabel resets the scaling on saving, so the two header fields are set by hand
-    content[112:120] = numpy.array([1, -1024], "<f4").tobytes()
-    (tmp_path / "scaled.nii").write_bytes(content)
-    assert numpy.array_equal(data.read_volume(tmp_path / "scaled.nii").hu, hu)
-    assert numpy.array_equal(
-        data.read_volume(tmp_path / "scaled.nii", slope=1, intercept=-1024).hu, hu
-    )
     assert numpy.allclose(data.read_volume(raw, slope=2, intercept=5).hu, (hu + 1024.0) * 2 + 5)
+
+    stored = (hu.astype(numpy.int32) + 1024).astype(numpy.uint16)
+    image = nibabel.Nifti1Image(stored, numpy.diag([-1, -1, 1, 1]))
+    content = bytearray(image.to_bytes())  # nibabel won't write slope and intercept; by hand:
+    content[112:120] = numpy.array([1, -1024], "<f4").tobytes()
+    scaled = tmp_path / "scaled.nii"
+    scaled.write_bytes(content)
+    assert numpy.array_equal(data.read_volume(scaled).hu, hu)
+    assert numpy.array_equal(data.read_volume(scaled, slope=1, intercept=-1024).hu, hu)
 
 
 def test_spacing_from_the_metadata_replaces_the_headers_axis_by_axis(tmp_path):
-    volume = data.read_volume(
-        save_nifti(tmp_path / "a.nii.gz", hu_volume()), spacing=(0.7, 0.7, None)
-    )
+    path = save_nifti(tmp_path / "a.nii.gz", hu_volume())
+    volume = data.read_volume(path, spacing=(0.7, 0.7, None))
     assert volume.spacing == pytest.approx((0.7, 0.7, 2.0))
     assert nibabel.affines.voxel_sizes(volume.affine) == pytest.approx((0.7, 0.7, 2.0))
 
@@ -102,28 +100,33 @@ def test_rad_chestct_arrays_turn_from_head_first_slices_to_lps(tmp_path):
     numpy.savez(tmp_path / "trn00001.npz", ct=ct)
     volume = data.read_volume(tmp_path / "trn00001.npz")
     assert volume.spacing == pytest.approx((0.8, 0.8, 0.8))
-    assert (
-        volume.hu[3, 1, 5] == ct[0, 1, 3]
-    )  # the first slice is the head's, so it is the last along Superior
+    assert volume.hu[3, 1, 5] == ct[0, 1, 3]  # the head's slice comes first there, last in LPS
 
 
 def test_big_endian_and_singleton_axes_are_read(tmp_path):
     hu = hu_volume()
-    image = nibabel.Nifti1Image(
-        hu[..., None].astype(">i2"),
-        numpy.diag([-1, -1, 1, 1]),
-        nibabel.Nifti1Header(endianness=">"),
-    )
+    header = nibabel.Nifti1Header(endianness=">")
+    image = nibabel.Nifti1Image(hu[..., None].astype(">i2"), numpy.diag([-1, -1, 1, 1]), header)
     nibabel.save(image, tmp_path / "big.nii.gz")
     volume = data.read_volume(tmp_path / "big.nii.gz")
     assert numpy.array_equal(volume.hu, hu) and volume.hu.dtype.isnative
     data.preprocess(volume.hu, volume.spacing, shape_out=(8, 8, 8))
 
 
+@pytest.mark.parametrize("endianness", "<>")
+def test_nifti_2_is_read(tmp_path, endianness):
+    hu = hu_volume()
+    header = nibabel.Nifti2Header(endianness=endianness)
+    image = nibabel.Nifti2Image(hu, numpy.diag([-1, -1, 1, 1]), header)
+    nibabel.save(image, tmp_path / "second.nii")
+    assert numpy.array_equal(data.read_volume(tmp_path / "second.nii").hu, hu)
+
+
 def bad_files(folder):
-    good = save_nifti(folder / "good.nii.gz", hu_volume())
-    (folder / "truncated.nii.gz").write_bytes(good.read_bytes()[:-2000])
-    (folder / "short.nii").write_bytes(gzip.decompress(good.read_bytes())[:-100])
+    """Files that can't be read: {stem: what the message says}; and good.nii.gz, which can."""
+    good = save_nifti(folder / "good.nii.gz", hu_volume()).read_bytes()
+    (folder / "truncated.nii.gz").write_bytes(good[:-2000])
+    (folder / "short.nii").write_bytes(gzip.decompress(good)[:-100])
     (folder / "text.nii.gz").write_text("not an image")
     (folder / "empty.nii.gz").write_bytes(b"")
     (folder / "text.npz").write_text("not an archive")
@@ -137,25 +140,15 @@ def bad_files(folder):
     save_nifti(folder / "nan.nii.gz", nan)
     rgb = numpy.zeros((4, 4, 4), dtype=[("R", "u1"), ("G", "u1"), ("B", "u1")])
     save_nifti(folder / "rgb.nii.gz", rgb)
-    image = nibabel.Nifti1Image(hu_volume(), None)
-    image.header["sform_code"], image.header["srow_x"] = 1, 0
-    nibabel.save(image, folder / "singular.nii.gz")
+    singular = nibabel.Nifti1Image(hu_volume(), None)
+    singular.header["sform_code"] = 1
+    singular.header["srow_x"] = 0
+    nibabel.save(singular, folder / "singular.nii.gz")
     (folder / "volume.dcm").write_bytes(b"DICM")
     return {
-        "absent": "no such file",
-        "truncated": "",
-        "short": "",
-        "text": "",
-        "empty": "too short",
-        "pickled": "pickle",
-        "other": "ct",
-        "flat": "3D",
-        "time": "3D",
-        "constant": "empty",
-        "nan": "NaN",
-        "rgb": "not numbers",
-        "singular": "singular",
-        "volume": "not a .nii",
+        "absent": "no such file", "truncated": "", "short": "", "text": "", "empty": "too short",
+        "pickled": "pickle", "other": "ct", "flat": "3D", "time": "3D", "constant": "empty",
+        "nan": "NaN", "rgb": "not numbers", "singular": "singular", "volume": "not a .nii",
     }
 
 
@@ -166,12 +159,54 @@ def test_each_bad_file_is_one_line_that_names_it(tmp_path):
             with pytest.raises(ValueError) as caught:
                 data.read_volume(file)
             message = str(caught.value)
-            assert message.startswith(f"{file}: ") and reason in message and "\n" not in message, (
-                message
-            )
+            assert message.startswith(f"{file}: ")
+            assert reason in message
+            assert "\n" not in message
 
 
 # ---- preprocessing
+
+def central_slices(sizes, shape_out):
+    """The slices that crop and pad about the centre: of the input, of the output."""
+    source, target = [], []
+    for size, size_out in zip(sizes, shape_out):
+        common = min(size, size_out)
+        cut, padding = (size - common) // 2, (size_out - common) // 2
+        source.append(slice(cut, cut + common))
+        target.append(slice(padding, padding + common))
+    return tuple(source), tuple(target)
+
+
+def crop_pad_clip(volume, shape_out, hu_range=(-1000, 1000)):
+    source, target = central_slices(volume.shape, shape_out)
+    out = numpy.full(shape_out, -1024.0)
+    out[target] = volume[source]
+    return out.clip(*hu_range)
+
+
+def naive_preprocess(hu, spacing, spacing_out, shape_out):
+    """The lines of preprocess's docstring, on the whole volume in float64; not rounded."""
+    volume = hu.astype(numpy.float64)
+    for axis, size in enumerate(hu.shape):
+        size_out = max(1, round(size * spacing[axis] / spacing_out[axis]))
+        at = numpy.arange(size_out) * spacing_out[axis] / spacing[axis]
+
+        def interpolate(line):
+            return numpy.interp(at, numpy.arange(len(line)), line)
+
+        volume = numpy.apply_along_axis(interpolate, axis, volume)
+    return crop_pad_clip(volume, shape_out)
+
+
+@pytest.mark.parametrize("shape", [(31, 17, 9), (8, 40, 23), (1, 5, 50), (64, 3, 4), (9, 11, 1)])
+@pytest.mark.parametrize("shape_out", [(20, 24, 21), (7, 40, 5), (33, 1, 50)])
+def test_slab_by_slab_equals_resampling_cropping_and_padding_the_whole(shape, shape_out):
+    hu = hu_volume(shape) * 2
+    spacing, spacing_out = (1.3, 0.7, 2.9), (1.1, 1.9, 1.7)
+    out = data.preprocess(hu, spacing, spacing_out, shape_out)
+    naive = naive_preprocess(hu, spacing, spacing_out, shape_out)
+    assert out.shape == shape_out and out.dtype == numpy.int16
+    assert numpy.abs(out - naive).max() <= 0.501  # what rounding to whole HU takes
 
 
 def simpleitk_preprocess(hu, spacing, spacing_out, shape_out):
@@ -180,86 +215,39 @@ def simpleitk_preprocess(hu, spacing, spacing_out, shape_out):
     image = sitk.GetImageFromArray(hu.transpose(2, 1, 0).astype(numpy.float32))
     image.SetSpacing([float(s) for s in spacing])
     size = [max(1, round(n * s / t)) for n, s, t in zip(hu.shape, spacing, spacing_out)]
-    resampled = sitk.GetArrayFromImage(
-        sitk.Resample(
-            image,
-            size,
-            sitk.Transform(),
-            sitk.sitkLinear,
-            image.GetOrigin(),
-            [float(s) for s in spacing_out],
-            image.GetDirection(),
-            1e9,
-        )
-    ).transpose(2, 1, 0)
-    full = numpy.full(shape_out, -1024.0)
-    inside, source = [], []
-    for n, wanted in zip(size, shape_out):
-        kept = min(n, wanted)
-        inside.append(slice((wanted - kept) // 2, (wanted - kept) // 2 + kept))
-        source.append(slice((n - kept) // 2, (n - kept) // 2 + kept))
-    full[tuple(inside)] = resampled[tuple(source)]
-    full[full > 1e8] = numpy.nan
-    return full.clip(-1000, 1000)
+    step = [float(s) for s in spacing_out]
+    resampled = sitk.Resample(image, size, sitk.Transform(), sitk.sitkLinear, image.GetOrigin(),
+                              step, image.GetDirection(), 1e9)
+    volume = sitk.GetArrayFromImage(resampled).transpose(2, 1, 0)
+    return crop_pad_clip(numpy.where(volume > 1e8, numpy.nan, volume), shape_out)
 
 
-def assert_agrees(hu, spacing, spacing_out, shape_out):
-    ours = data.preprocess(hu, spacing, spacing_out, shape_out)
+def assert_agrees_with_simpleitk(hu, spacing, spacing_out, shape_out):
+    out = data.preprocess(hu, spacing, spacing_out, shape_out)
     oracle = simpleitk_preprocess(hu, spacing, spacing_out, shape_out)
     defined = ~numpy.isnan(oracle)
-    assert ours.dtype == numpy.int16 and ours.shape == tuple(shape_out) and defined.mean() > 0.5
-    assert numpy.abs(ours - oracle)[defined].max() <= 1
+    assert out.dtype == numpy.int16 and out.shape == tuple(shape_out) and defined.mean() > 0.5
+    assert numpy.abs(out - oracle)[defined].max() <= 1
 
 
 def test_preprocess_agrees_with_simpleitk_on_random_anisotropic_volumes():
     random = numpy.random.default_rng(0)
     for trial in range(12):
-        shape = random.integers(5, 60, 3)
-        assert_agrees(
-            hu_volume(shape, trial),
-            random.uniform(0.5, 4, 3),
-            random.uniform(0.8, 4, 3),
-            random.integers(8, 50, 3),
-        )
+        hu = hu_volume(random.integers(5, 60, 3), trial)
+        spacing, spacing_out = random.uniform(0.5, 4, 3), random.uniform(0.8, 4, 3)
+        assert_agrees_with_simpleitk(hu, spacing, spacing_out, random.integers(8, 50, 3))
 
 
 @real_scans
 def test_preprocess_agrees_with_simpleitk_on_real_scans():
     for name in ("chest_ct", "abdomen_ct"):
         volume = data.read_volume(CT / f"{name}.nii.gz")
-        assert_agrees(volume.hu, volume.spacing, (1.5, 1.5, 3.0), (256, 256, 128))
-        assert_agrees(volume.hu, volume.spacing, (2.2, 1.9, 4.1), (60, 70, 40))
+        hu, spacing = volume.hu, volume.spacing
+        assert_agrees_with_simpleitk(hu, spacing, (1.5, 1.5, 3.0), (256, 256, 128))
+        assert_agrees_with_simpleitk(hu, spacing, (2.2, 1.9, 4.1), (60, 70, 40))
 
 
-def naive_preprocess(hu, spacing, spacing_out, shape_out):
-    """Resample the whole volume, crop it, pad it: the three lines of preprocess's docstring."""
-    whole = hu.astype(numpy.float64)
-    for axis, (step, step_out) in enumerate(zip(spacing, spacing_out)):
-        size = whole.shape[axis]
-        resampled = max(1, round(size * step / step_out))
-        at = numpy.clip(numpy.arange(resampled) * (step_out / step), 0, size - 1)
-        whole = numpy.apply_along_axis(
-            lambda line: numpy.interp(at, numpy.arange(size), line), axis, whole
-        )
-    out = numpy.full(shape_out, -1024.0)
-    cut, place = [], []
-    for size, wanted in zip(whole.shape, shape_out):
-        kept = min(size, wanted)
-        cut.append(slice((size - kept) // 2, (size - kept) // 2 + kept))
-        place.append(slice((wanted - kept) // 2, (wanted - kept) // 2 + kept))
-    out[tuple(place)] = whole[tuple(cut)]
-    return numpy.clip(out, -1000, 1000)
-
-
-@pytest.mark.parametrize("shape", [(31, 17, 9), (8, 40, 23), (1, 5, 50), (64, 3, 4)])
-def test_slab_by_slab_equals_resampling_cropping_and_padding_the_whole(shape):
-    hu = numpy.random.default_rng(0).integers(-2000, 2000, shape).astype(numpy.int16)
-    arguments = (1.3, 0.7, 2.9), (1.1, 1.9, 1.7), (20, 24, 21)
-    difference = data.preprocess(hu, *arguments) - naive_preprocess(hu, *arguments)
-    assert numpy.abs(difference).max() <= 0.502  # rounding to whole HU
-
-
-def test_beyond_the_last_voxel_the_edge_is_kept():
+def test_beyond_the_last_voxel_the_edge_goes_on():
     hu = numpy.full((2, 2, 2), 700, numpy.int16)
     hu[0, 0, 0] = 699
     out = data.preprocess(hu, (3, 3, 3), (1, 1, 1), (6, 6, 6))
@@ -275,161 +263,121 @@ def test_preprocess_takes_one_slice_and_leaves_its_input_alone():
 
 # ---- manifest
 
-
 def test_a_hand_written_manifest_needs_name_and_path_alone(tmp_path):
     save_nifti(tmp_path / "a.nii.gz", hu_volume())
-    rows = data.read_manifest(
-        write_manifest(
-            tmp_path,
-            ["a,a.nii.gz,There is a nodule.", 'b,b.nii.gz,"Normal, all of it."'],
-            "name,path,report",
-        )
-    )
-    assert [(row.name, row.patient, row.report) for row in rows] == [
-        ("a", "a", "There is a nodule."),
-        ("b", "b", "Normal, all of it."),
-    ]
-    assert rows[0].read().hu.shape == (20, 18, 16)
+    lines = ["a,a.nii.gz,There is a nodule.", 'b,b.nii.gz,"Normal, all of it."']
+    a, b = data.read_manifest(write_manifest(tmp_path, lines, "name,path,report"))
+    assert (a.name, a.patient, a.scan, a.report) == ("a", "a", "a", "There is a nodule.")
+    assert (b.name, b.patient, b.scan, b.report) == ("b", "b", "b", "Normal, all of it.")
+    assert a.read().hu.shape == (20, 18, 16)
 
 
 def test_a_manifest_survives_being_written_and_read(tmp_path):
-    rows = [
-        data.Row(
-            "a",
-            tmp_path / "v" / "a.nii.gz",
-            "train",
-            "p1",
-            "s1",
-            'Lines,\n"quotes".',
-            1.0,
-            -1024.0,
-            (0.7, 0.7, None),
-            {"Emphysema": 1.0, "Lung nodule": 0.0},
-        ),
-        data.Row(
-            "b", Path("/elsewhere/b.nii.gz"), "valid", "p2", "s2", labels={"Emphysema": numpy.nan}
-        ),
-    ]
-    data.write_manifest(rows, tmp_path / "manifest.csv")
-    a, b = data.read_manifest(tmp_path / "manifest.csv")
-    assert a == rows[0] and (b.name, b.path, b.split) == ("b", Path("/elsewhere/b.nii.gz"), "valid")
+    labels = {"Emphysema": 1.0, "Lung nodule": 0.0}
+    first = data.Row("a", tmp_path / "v" / "a.nii.gz", "train", "p1", "s1", 'Lines,\n"quotes".',
+                     1.0, -1024.0, (0.7, 0.7, None), labels)
+    second = data.Row("b", Path("/elsewhere/b.nii.gz"), "valid", "p2", "s2",
+                      labels={"Emphysema": numpy.nan})
+    path = tmp_path / "manifest.csv"
+    data.write_manifest([first, second], path)
+    assert "v/a.nii.gz" in path.read_text() and str(tmp_path) not in path.read_text()
+    a, b = data.read_manifest(path)
+    assert a == first
+    assert (b.name, b.path, b.split) == ("b", Path("/elsewhere/b.nii.gz"), "valid")
     assert numpy.isnan(b.labels["Emphysema"]) and numpy.isnan(b.labels["Lung nodule"])
-    assert data.read_manifest(tmp_path / "manifest.csv", "valid")[0].name == "b"
+    assert data.read_manifest(path, "valid")[0].name == "b"
 
 
-@pytest.mark.parametrize(
-    "header, lines, said",
-    [
-        ("name,file", ["a,b"], "no column path"),
-        ("name,path", [], "no rows"),
-        ("name,path", ["a,a.nii", "a,b.nii"], "row 3: the name 'a' stands twice"),
-        ("name,path", ["../a,a.nii"], "row 2: '../a' can't be a name"),
-        ("name,path", ["a,"], "the path is empty"),
-        ("name,path,slope", ["a,a.nii,one"], "slope is 'one'"),
-        ("name,path,spacing_z", ["a,a.nii,0"], "spacing_z is '0'"),
-        ("name,path,label:Emphysema", ["a,a.nii,yes"], "label:Emphysema is 'yes'"),
-    ],
-)
+@pytest.mark.parametrize("header, lines, said", [
+    ("name,file", ["a,b"], "no column path"),
+    ("name,path", [], "no rows"),
+    ("name,path", ["a,a.nii", "a,b.nii"], "row 3: the name 'a' stands twice"),
+    ("name,path", ["../a,a.nii"], "row 2: '../a' can't be a name"),
+    ("name,path", ["a,"], "the path is empty"),
+    ("name,path", ["a"], "the path is empty"),
+    ("name,path,slope", ["a,a.nii,one"], "slope is 'one'"),
+    ("name,path,spacing_z", ["a,a.nii,0"], "spacing_z is '0'"),
+    ("name,path,label:Emphysema", ["a,a.nii,yes"], "label:Emphysema is 'yes'"),
+])
 def test_what_is_wrong_in_a_manifest_is_named(tmp_path, header, lines, said):
-    with pytest.raises(ValueError, match=said.replace("(", r"\(")):
+    with pytest.raises(ValueError, match=said):
         data.read_manifest(write_manifest(tmp_path, lines, header))
 
 
 def test_an_unknown_split_and_a_foreign_encoding_are_named(tmp_path):
+    path = write_manifest(tmp_path, ["a,a.nii,train"], "name,path,split")
     with pytest.raises(ValueError, match="split 'test'; there are: 'train'"):
-        data.read_manifest(write_manifest(tmp_path, ["a,a.nii,train"], "name,path,split"), "test")
+        data.read_manifest(path, "test")
     (tmp_path / "latin.csv").write_bytes("name,path\nä,b".encode("latin-1"))
     with pytest.raises(ValueError, match="latin.csv: not a CSV file in UTF-8"):
         data.read_manifest(tmp_path / "latin.csv")
 
 
+def test_the_labels_matrix_has_a_column_a_class_and_nan_where_a_row_says_nothing():
+    a = data.Row("a", Path("a.nii"), labels={"Emphysema": 1.0, "Lung nodule": 0.0})
+    b = data.Row("b", Path("b.nii"), labels={"Empyema": 1.0})
+    assert data.classes_of([a, b]) == ["Emphysema", "Lung nodule", "Empyema"]
+    labels = data.labels_matrix([a, b], ["Lung nodule", "Emphysema"])
+    numpy.testing.assert_array_equal(labels, [[0, 1], [numpy.nan, numpy.nan]])
+    assert data.labels_matrix([], ["Emphysema"]).shape == (0, 1)
+
+
+# ---- data sets
+
 def ct_rate_files(root, release, prefix=""):
     """Two small volumes in CT-RATE's layout; a row of release 1's metadata lacks ZSpacing."""
     hu = {f"valid_{i}_a_1.nii.gz": hu_volume(seed=i) for i in (1, 2)}
     for volume, array in hu.items():
-        patient, scan = "_".join(volume.split("_")[:2]), "_".join(volume.split("_")[:3])
+        scan = volume.removesuffix("_1.nii.gz")
+        patient = scan.removesuffix("_a")
         folder = root / ("valid_fixed" if release == 2 else "valid") / patient / scan
         folder.mkdir(parents=True)
         if release == 2:
             save_nifti(folder / volume, array)
         else:
-            save_nifti(
-                folder / volume, (array + 1024).astype(numpy.int16), numpy.diag([-1.0, -1, 1, 1])
-            )
-    tables = {
-        f"radiology_text_reports/{prefix}validation_reports.csv": (
-            [
-                "VolumeName",
-                "ClinicalInformation_EN",
-                "Technique_EN",
-                "Findings_EN",
-                "Impressions_EN",
-            ],
-            [
-                [v, "Not given.", "CT", "Findings\nof it.", "Not given."]
-                for v in [*hu, "valid_3_a_1.nii.gz"]
-            ],
-        ),
-        f"metadata/{prefix}validation_metadata.csv": (
-            ["VolumeName", "RescaleSlope", "RescaleIntercept", "XYSpacing", "ZSpacing"],
-            [
-                [v, "1", "-1024", "[1.5, 1.5]", z]
-                for v, z in zip([*hu, "valid_3_a_1.nii.gz"], ("2.0", "", "2"))
-            ],
-        ),
-        f"multi_abnormality_labels/{prefix}valid_predicted_labels.csv": (
-            ["VolumeName", *data.CT_RATE],
-            [[v, *[i % 2 for i in range(18)]] for v in hu],
-        ),
-        "multi_abnormality_labels/under_represented.csv": (
-            ["VolumeName", *data.CT_RATE_LT],
-            [[v, *[1.0] * 15] for v in hu],
-        ),
-    }
-    for name, (header, lines) in tables.items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        with open(root / name, "w", newline="") as file:
-            csv.writer(file).writerows([header, *lines])
-    (root / "metadata" / "no_chest_valid.txt").write_text("valid_3_a_1.nii.gz\n")
+            stored = (array + 1024).astype(numpy.int16)
+            save_nifti(folder / volume, stored, numpy.diag([-1.0, -1, 1, 1]))
+    first, second = hu
+    third = "valid_3_a_1.nii.gz"  # shows no chest
+    texts = ["Not given.", "CT", "Findings\nof it.", "Not given."]
+    raw = ["1", "-1024", "[1.5, 1.5]"]
+    data.write_csv(root / f"radiology_text_reports/{prefix}validation_reports.csv", [
+        ["VolumeName", "ClinicalInformation_EN", "Technique_EN", "Findings_EN", "Impressions_EN"],
+        [first, *texts], [second, *texts], [third, *texts],
+    ])
+    data.write_csv(root / f"metadata/{prefix}validation_metadata.csv", [
+        ["VolumeName", "RescaleSlope", "RescaleIntercept", "XYSpacing", "ZSpacing"],
+        [first, *raw, "2.0"], [second, *raw, ""], [third, *raw, "2"],
+    ])
+    data.write_csv(root / f"multi_abnormality_labels/{prefix}valid_predicted_labels.csv", [
+        ["VolumeName", *data.CT_RATE], [first, *[0, 1] * 9], [second, *[0, 1] * 9],
+    ])
+    data.write_csv(root / "multi_abnormality_labels/under_represented.csv", [
+        ["VolumeName", *data.CT_RATE_LT], [first, *[1.0] * 15], [second, *[1.0] * 15],
+    ])
+    (root / "metadata" / "no_chest_valid.txt").write_text(f"{third}\n")
     return hu
 
 
-@pytest.mark.parametrize(
-    "release, prefix", [(1, ""), (2, ""), (1, "dataset_metadata_"), (2, "dataset_")]
-)
+@pytest.mark.parametrize("release, prefix", [
+    (1, ""), (2, ""), (1, "dataset_metadata_"), (2, "dataset_"),
+])
 def test_either_release_of_ct_rate_gives_the_same_hu_and_labels(tmp_path, release, prefix):
     hu = ct_rate_files(tmp_path / "dataset", release, prefix)
-    assert (
-        data.main(
-            [
-                "manifest",
-                "--dataset",
-                "ct-rate",
-                "--root",
-                str(tmp_path),
-                "--split",
-                "valid",
-                "--out",
-                str(tmp_path / "m.csv"),
-            ]
-        )
-        is None
-    )
-    rows = data.read_manifest(tmp_path / "m.csv")
-    assert [row.name for row in rows] == ["valid_1_a_1", "valid_2_a_1"]  # the third shows no chest
-    assert rows[0].report == "Findings of it." and (rows[0].patient, rows[0].scan) == (
-        "valid_1",
-        "valid_1_a",
-    )
-    assert [rows[0].labels[name] for name in data.CT_RATE] == [i % 2 for i in range(18)] and rows[
-        0
-    ].labels["Empyema"] == 1
-    for row in rows:
+    path = tmp_path / "m.csv"
+    command = f"manifest --dataset ct-rate --root {tmp_path} --split valid --out {path}"
+    assert data.main(command.split()) is None
+    first, second = data.read_manifest(path)  # the third shows no chest
+    assert (first.name, second.name) == ("valid_1_a_1", "valid_2_a_1")
+    assert (first.patient, first.scan) == ("valid_1", "valid_1_a")
+    assert first.report == "Findings of it."
+    assert [first.labels[name] for name in data.CT_RATE] == [0, 1] * 9
+    assert [second.labels[name] for name in data.CT_RATE_LT] == [1] * 15
+    # release 1's second row has no ZSpacing, so the file's own is taken
+    for row, z in ((first, 2.0), (second, 1.0 if release == 1 else 2.0)):
         volume = row.read()
         assert numpy.array_equal(volume.hu, hu[f"{row.name}.nii.gz"])
-        assert volume.spacing == pytest.approx(
-            (1.5, 1.5, 1.0 if release == 1 and row.name == "valid_2_a_1" else 2.0)
-        )
+        assert volume.spacing == pytest.approx((1.5, 1.5, z))
 
 
 def test_ct_rate_without_its_files_says_what_is_missing(tmp_path):
@@ -443,42 +391,63 @@ def test_ct_rate_without_its_files_says_what_is_missing(tmp_path):
         data.ct_rate_manifest(tmp_path, "valid")
 
 
+REPORTS = "radiology_text_reports/validation_reports.csv"
+METADATA = "metadata/validation_metadata.csv"
+LABELS = "multi_abnormality_labels/valid_predicted_labels.csv"
+
+
+@pytest.mark.parametrize("table, old, new, said", [
+    (REPORTS, "valid_1_a_1", "scan", "the reports name a volume 'scan.nii.gz'"),
+    (METADATA, "valid_1_a_1", "valid_9_a_1", "the metadata has no row for valid_1_a_1.nii.gz"),
+    (METADATA, "[1.5, 1.5]", "[1.5]", r"valid_1_a_1.nii.gz: XYSpacing is '\[1.5\]'"),
+    (METADATA, "-1024", "none", "valid_1_a_1.nii.gz: intercept is 'none'"),
+    (LABELS, "1,0", "2,0", "valid_1_a_1.nii.gz: Arterial wall calcification is '2'"),
+])
+def test_what_is_wrong_in_the_tables_of_ct_rate_is_named(tmp_path, table, old, new, said):
+    ct_rate_files(tmp_path, 1)
+    path = tmp_path / table
+    path.write_text(path.read_text().replace(old, new))
+    with pytest.raises(ValueError, match=said):
+        data.ct_rate_manifest(tmp_path, "valid")
+
+
 def test_rad_chestct_locations_fold_to_findings_and_findings_to_classes(tmp_path):
     numpy.savez(tmp_path / "tst00001.npz", ct=hu_volume())
     columns = {
-        "nodule*right_upper": 0,
-        "nodulegr1cm*lung": 1,
-        "catheter_or_port*heart": 0,
-        "stent*heart": 1,
-        "calcification*aorta": 0,
-        "hernia*other_location": 1,
-        "bandlike_or_linear*lung": 1,
-        "fracture*rib": 0,
+        "nodule*right_upper": 0, "nodulegr1cm*lung": 1, "catheter_or_port*heart": 0,
+        "stent*heart": 1, "calcification*aorta": 0, "hernia*other_location": 1,
+        "bandlike_or_linear*lung": 1, "fracture*rib": 0,
     }
-    with open(tmp_path / "imgtest_Abnormality_and_Location_Labels.csv", "w", newline="") as file:
-        csv.writer(file).writerows([["NoteAcc_DEID", *columns], ["tst00001", *columns.values()]])
+    path = tmp_path / "imgtest_Abnormality_and_Location_Labels.csv"
+    data.write_csv(path, [["NoteAcc_DEID", *columns], ["tst00001", *columns.values()]])
     (row,) = data.rad_chestct_manifest(tmp_path, "test")
     assert row.labels == {
-        "Lung nodule": 1,
-        "Medical material": 1,
-        "Calcification": 0,
-        "Hiatal hernia": 1,
-        "Bandlike or linear": 1,
-        "Fracture": 0,
+        "Lung nodule": 1, "Medical material": 1, "Calcification": 0, "Hiatal hernia": 1,
+        "Bandlike or linear": 1, "Fracture": 0,
     }
     assert row.read().spacing == pytest.approx((0.8, 0.8, 0.8))
     assert len(data.BENCHMARKS["rad-chestct"]) == 16
 
 
+def test_csv_cells_that_a_line_lacks_are_empty_and_surplus_ones_do_no_harm(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("a,b\n1\n1,2,3\n")
+    short, long = data.read_csv(path, "a")
+    assert (short["a"], short["b"]) == ("1", "")
+    assert (long["a"], long["b"]) == ("1", "2")
+    data.write_csv(path, [["a", "b"], [None, 0.1]])
+    with open(path, newline="") as file:
+        assert list(csv.reader(file)) == [["a", "b"], ["", "0.1"]]
+
+
 # ---- check, prepare, cache
 
-
 def chest(shape=(60, 50, 50), spacing=(6.0, 6.0, 6.0)):
+    """A block of soft tissue with air in it, and its affine."""
     hu = numpy.full(shape, 40, numpy.int16)
     hu[10:30, 10:40] = -850
-    return hu + numpy.arange(shape[2], dtype=numpy.int16), numpy.diag(
-        [-spacing[0], -spacing[1], spacing[2], 1]
-    )
+    x, y, z = spacing
+    return hu + numpy.arange(shape[2], dtype=numpy.int16), numpy.diag([-x, -y, z, 1])
 
 
 def test_check_lists_every_kind_of_problem_and_passes_a_good_scan(tmp_path, capsys):
@@ -487,52 +456,55 @@ def test_check_lists_every_kind_of_problem_and_passes_a_good_scan(tmp_path, caps
     save_nifti(tmp_path / "raw.nii.gz", (hu + 1024).astype(numpy.int16), affine)
     save_nifti(tmp_path / "twice.nii.gz", (hu - 1024).astype(numpy.int16), affine)
     save_nifti(tmp_path / "small.nii.gz", hu, numpy.diag([-0.1, -1, 1, 1]))
-    path = write_manifest(
-        tmp_path, [f"{name},{name}.nii.gz" for name in ("good", "raw", "twice", "small", "absent")]
-    )
+    path = manifest_of(tmp_path, ["good", "raw", "twice", "small", "absent"])
     assert data.main(["check", str(path)]) == 1
-    lines = capsys.readouterr().out.splitlines()
-    said = {line.split()[0]: line for line in lines[:-1]}
-    assert (
-        set(said) == {"raw", "twice", "small", "absent"}
-        and "5 volumes, 4 with a problem" == lines[-1]
-    )
-    assert (
-        "not applied" in said["raw"]
-        and "applied twice" in said["twice"]
-        and "spacing" in said["small"]
-        and "no such file" in said["absent"]
-    )
+    *lines, last = capsys.readouterr().out.splitlines()
+    said = {line.split()[0]: line for line in lines}
+    assert set(said) == {"raw", "twice", "small", "absent"}
+    assert last == "5 volumes, 4 with a problem"
+    assert "not applied" in said["raw"]
+    assert "applied twice" in said["twice"]
+    assert "spacing" in said["small"]
+    assert "no such file" in said["absent"]
 
 
-def test_prepare_skips_lists_and_counts_bad_volumes_and_replaces_none(tmp_path):
+def test_prepare_skips_lists_and_counts_bad_volumes_and_replaces_none(tmp_path, capsys):
     bad_files(tmp_path)
     names = ["good", "truncated", "text", "flat", "time", "constant", "nan", "absent"]
-    rows = data.read_manifest(write_manifest(tmp_path, [f"{name},{name}.nii.gz" for name in names]))
+    rows = data.read_manifest(manifest_of(tmp_path, names))
     cache = data.Cache(tmp_path / "cache", (2, 2, 2), (8, 8, 8))
     ready, skipped = data.prepare(rows, cache)
-    assert [row.name for row in ready] == ["good"] and [name for name, _ in skipped] == names[1:]
+    assert [row.name for row in ready] == ["good"]
+    assert [name for name, _ in skipped] == names[1:]
     listed = data.read_csv(tmp_path / "cache" / "skipped.csv", "name", "reason")
-    assert [line["name"] for line in listed] == names[1:] and all(line["reason"] for line in listed)
-    assert len(list((tmp_path / "cache").glob("*.npy"))) == 1
+    assert [line["name"] for line in listed] == names[1:]
+    assert all(line["reason"] for line in listed)
+    assert len(cached(tmp_path)) == 1
+    last = capsys.readouterr().err.rstrip("\n").split("\n")[-1]
+    assert last.startswith("7 volumes skipped, the first: ")  # below the progress, which has ended
 
 
 def test_prepare_redoes_what_changed_and_nothing_else(tmp_path):
     for name in "ab":
         save_nifti(tmp_path / f"{name}.nii.gz", hu_volume())
-    rows = data.read_manifest(write_manifest(tmp_path, ["a,a.nii.gz", "b,b.nii.gz"]))
+    a, b = data.read_manifest(manifest_of(tmp_path, "ab"))
     cache = data.Cache(tmp_path / "cache", (2, 2, 2), (8, 8, 8))
-    data.prepare(rows, cache)
-    made = {row.name: cache.path(row).stat().st_mtime_ns for row in rows}
+    data.prepare([a, b], cache)
+    made_a, made_b = cache.path(a).stat().st_mtime_ns, cache.path(b).stat().st_mtime_ns
     save_nifti(tmp_path / "b.nii.gz", hu_volume(seed=1))
-    os.utime(tmp_path / "b.nii.gz", (time.time() + 9, time.time() + 9))
-    data.prepare(rows, cache)
-    assert (
-        cache.path(rows[0]).stat().st_mtime_ns == made["a"]
-        and cache.path(rows[1]).stat().st_mtime_ns != made["b"]
-    )
-    corrected = data.Row("a", rows[0].path, slope=1.0, intercept=-24.0)
+    later = time.time() + 9
+    os.utime(tmp_path / "b.nii.gz", (later, later))
+    data.prepare([a, b], cache)
+    assert cache.path(a).stat().st_mtime_ns == made_a
+    assert cache.path(b).stat().st_mtime_ns != made_b
+    corrected = data.Row("a", a.path, slope=1.0, intercept=-24.0)
     assert not cache.holds(corrected)
+
+
+def test_a_cache_with_other_settings_is_refused(tmp_path):
+    data.Cache(tmp_path / "cache", (2, 2, 2), (8, 8, 8))
+    config = SimpleNamespace(spacing=(2, 2, 2), shape=(8, 8, 8), hu_range=(-1000, 1000))
+    assert data.Cache.for_config(tmp_path / "cache", config).settings["shape_out"] == [8, 8, 8]
     with pytest.raises(ValueError, match="name another folder"):
         data.Cache(tmp_path / "cache", (3, 3, 3), (8, 8, 8))
 
@@ -541,97 +513,96 @@ def test_shards_share_the_work_without_overlap(tmp_path):
     names = [f"v{i}" for i in range(5)]
     for name in names:
         save_nifti(tmp_path / f"{name}.nii.gz", hu_volume())
-    path = write_manifest(tmp_path, [f"{name},{name}.nii.gz" for name in names])
+    path = manifest_of(tmp_path, names)
     for shard, count in (("1/2", 3), ("2/2", 5)):
-        data.main(
-            [
-                "prepare",
-                str(path),
-                "--out",
-                str(tmp_path / "cache"),
-                "--shape",
-                "8",
-                "8",
-                "8",
-                "--shard",
-                shard,
-            ]
-        )
-        assert len(list((tmp_path / "cache").glob("*.npy"))) == count
+        command = f"prepare {path} --out {tmp_path}/cache --shape 8 8 8 --shard {shard}"
+        data.main(command.split())
+        assert len(cached(tmp_path)) == count
+
+
+@pytest.mark.parametrize("shard", ["0/2", "3/2", "x", "1/2/3"])
+def test_an_impossible_shard_is_refused(shard, capsys):
+    with pytest.raises(SystemExit):
+        data.main(["prepare", "manifest.csv", "--out", "cache", "--shard", shard])
+    assert f"'{shard}' is no shard; 2/8 is the second of eight" in capsys.readouterr().err
 
 
 def test_a_killed_prepare_is_finished_by_the_same_command(tmp_path):
     for i in range(40):
         save_nifti(tmp_path / f"v{i}.nii", hu_volume((64, 64, 64), i))
     path = write_manifest(tmp_path, [f"v{i},v{i}.nii" for i in range(40)])
-    command = [
-        sys.executable,
-        "data.py",
-        "prepare",
-        str(path),
-        "--out",
-        str(tmp_path / "cache"),
-        "--shape",
-        "96",
-        "96",
-        "96",
-        "--workers",
-        "1",
-    ]
-    process = subprocess.Popen(
-        command,
-        cwd=Path(data.__file__).parent,
-        stderr=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-    )
-    while len(list(tmp_path.glob("cache/*.npy"))) < 3:
+    options = f"prepare {path} --out {tmp_path}/cache --shape 96 96 96 --workers 1"
+    command = [sys.executable, data.__file__, *options.split()]
+    null = subprocess.DEVNULL
+    process = subprocess.Popen(command, stderr=null, stdout=null)
+    while len(cached(tmp_path)) < 3:
         time.sleep(0.01)
         assert process.poll() is None
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert len(list(tmp_path.glob("cache/*.npy"))) < 40
-    for file in tmp_path.glob("cache/*.npy"):
+    assert len(cached(tmp_path)) < 40
+    for file in cached(tmp_path):
         assert numpy.load(file, allow_pickle=False).shape == (96, 96, 96)
-    assert (
-        subprocess.run(command, cwd=Path(data.__file__).parent, capture_output=True).returncode == 0
-    )
-    assert len(list(tmp_path.glob("cache/*.npy"))) == 40
+    assert subprocess.run(command, capture_output=True).returncode == 0
+    assert len(cached(tmp_path)) == 40
 
 
-# ---- training items
+# ---- texts and training pairs
+
+def test_a_cut_summaries_file_is_said_and_failed_summaries_are_left_out(tmp_path):
+    path = tmp_path / "summaries.jsonl"
+    good = json.dumps({"report_sha256": "a", "summary": "There is x."})
+    failed = json.dumps({"report_sha256": "b", "summary": None})
+    path.write_text(f"{good}\n{failed}\n")
+    assert data.read_summaries(path) == {"a": "There is x."}
+    assert list(data.read_records(path)) == ["a", "b"]
+    path.write_text(f"{good}\n{failed}\n" + '{"report_sha')
+    with pytest.raises(ValueError, match="line 3"):
+        data.read_summaries(path)
 
 
-def items(tmp_path, reports, **options):
-    for i in range(len(reports)):
-        save_nifti(
-            tmp_path / f"v{i}.nii.gz", hu_volume((12, 12, 12), i), numpy.diag([-1, -1, 1, 1])
-        )
-    rows = [
-        data.Row(f"v{i}", tmp_path / f"v{i}.nii.gz", report=report)
-        for i, report in enumerate(reports)
-    ]
+def test_a_row_is_paired_with_its_reports_summary_or_else_with_the_report():
+    row = data.Row("a", Path("a.nii"), report="A report.")
+    assert data.text_of(row, {}) == "A report."
+    assert data.text_of(row, {data.report_sha256("A report."): "A summary."}) == "A summary."
+
+
+def training_pairs(tmp_path, reports, **options):
+    rows = []
+    for i, report in enumerate(reports):
+        path = tmp_path / f"v{i}.nii.gz"
+        save_nifti(path, hu_volume((12, 12, 12), i), numpy.diag([-1, -1, 1, 1]))
+        rows.append(data.Row(f"v{i}", path, report=report))
     cache = data.Cache(tmp_path / "cache", (1, 1, 1), (12, 12, 12))
     data.prepare(rows, cache)
     return rows, cache, data.ReportVolumes(rows, cache, **options)
 
 
 def test_one_item_per_distinct_report_draws_any_of_its_volumes(tmp_path):
-    rows, cache, pairs = items(tmp_path, ["Report one.", "Report two.", "Report one.", ""])
+    reports = ["Report one.", "Report two.", "Report one.", ""]
+    rows, cache, pairs = training_pairs(tmp_path, reports)
     assert len(pairs) == 2
     drawn = {tuple(pairs[epoch, 0][0].flatten()[:5].tolist()) for epoch in range(20)}
     assert drawn == {tuple(cache.read(rows[i]).flatten()[:5].tolist()) for i in (0, 2)}
 
 
-def test_texts_are_one_to_five_sentences_in_random_order_of_the_summary_where_there_is_one(
-    tmp_path,
-):
+def test_texts_are_one_to_five_sentences_of_the_report_in_random_order(tmp_path):
     report = " ".join(f"Sentence {i} of 1.{i} cm." for i in range(8))
-    summaries = {data.report_sha256("Short one."): "There is emphysema. There is lung nodule."}
-    _, _, pairs = items(tmp_path, [report, "Short one."], summaries=summaries)
+    _, _, pairs = training_pairs(tmp_path, [report])
     texts = [pairs[epoch, 0][1] for epoch in range(60)]
-    assert len(set(texts)) > 40 and {len(data.sentences(text)) for text in texts} == {1, 2, 3, 4, 5}
-    assert all(len(set(data.sentences(text))) == len(data.sentences(text)) for text in texts)
-    assert {pairs[epoch, 1][1] for epoch in range(60)} == {
+    assert len(set(texts)) > 40
+    counts = set()
+    for text in texts:
+        parts = data.sentences(text)
+        assert len(set(parts)) == len(parts)
+        counts.add(len(parts))
+    assert counts == {1, 2, 3, 4, 5}
+
+
+def test_texts_are_drawn_from_the_summary_where_there_is_one(tmp_path):
+    summaries = {data.report_sha256("Short one."): "There is emphysema. There is lung nodule."}
+    _, _, pairs = training_pairs(tmp_path, ["Short one."], summaries=summaries)
+    assert {pairs[epoch, 0][1] for epoch in range(60)} == {
         "There is emphysema. There is lung nodule.",
         "There is lung nodule. There is emphysema.",
         "There is emphysema.",
@@ -640,66 +611,39 @@ def test_texts_are_one_to_five_sentences_in_random_order_of_the_summary_where_th
 
 
 def test_crops_vary_with_the_epoch_and_repeat_with_the_key(tmp_path):
-    _, cache, pairs = items(tmp_path, ["A report."], crop=(8, 8, 8))
-    whole = torch.from_numpy(numpy.array(cache.read(pairs.items[0][0][0])))
+    _, cache, pairs = training_pairs(tmp_path, ["A report."], crop=(8, 8, 8))
+    (row,), _ = pairs.items[0]
     crops = [pairs[epoch, 0][0] for epoch in range(8)]
     assert all(crop.shape == (1, 8, 8, 8) and crop.dtype == torch.int16 for crop in crops)
     assert len({tuple(crop.flatten().tolist()) for crop in crops}) > 4
     assert torch.equal(pairs[3, 0][0], crops[3])
-    assert any(
-        torch.equal(crops[0][0], whole[x : x + 8, y : y + 8, z : z + 8])
-        for x in range(5)
-        for y in range(5)
-        for z in range(5)
-    )
+    every_crop = torch.from_numpy(numpy.array(cache.read(row)))
+    for axis in range(3):
+        every_crop = every_crop.unfold(axis, 8, 1)
+    same = (every_crop == crops[0][0]).flatten(3).all(3)  # (5, 5, 5) places to start at
+    assert same.sum() == 1
 
 
 def test_evaluation_volumes_are_whole(tmp_path):
-    rows, cache, _ = items(tmp_path, ["A report."], crop=(8, 8, 8))
+    rows, cache, _ = training_pairs(tmp_path, ["A report."], crop=(8, 8, 8))
     assert data.Volumes(rows, cache)[0].shape == (1, 12, 12, 12)
 
 
-def test_a_cut_summaries_file_is_said_and_failed_summaries_are_left_out(tmp_path):
-    path = tmp_path / "summaries.jsonl"
-    path.write_text(
-        json.dumps({"report_sha256": "a", "summary": "There is x."})
-        + "\n"
-        + json.dumps({"report_sha256": "b", "summary": None})
-        + "\n"
-    )
-    assert data.read_summaries(path) == {"a": "There is x."}
-    path.write_text(path.read_text() + '{"report_sha')
-    with pytest.raises(ValueError, match="line 3"):
-        data.read_summaries(path)
+def test_without_a_report_there_is_nothing_to_train_on(tmp_path):
+    with pytest.raises(ValueError, match="no row has a report"):
+        training_pairs(tmp_path, ["", " . "])
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["check", "absent.csv"],
-        [
-            "manifest",
-            "--dataset",
-            "ct-rate",
-            "--root",
-            "absent",
-            "--split",
-            "valid",
-            "--out",
-            "m.csv",
-        ],
-        ["prepare", "absent.csv", "--out", "cache"],
-    ],
-)
-def test_bad_input_is_one_line_and_status_2(tmp_path, arguments):
-    done = subprocess.run(
-        [sys.executable, Path(data.__file__).resolve(), *arguments],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
-    assert (
-        done.returncode == 2
-        and done.stderr.count("\n") == 1
-        and done.stderr.startswith("data.py: error: absent")
-    )
+# ---- command line
+
+@pytest.mark.parametrize("command", [
+    "check absent.csv",
+    "manifest --dataset ct-rate --root absent --split valid --out m.csv",
+    "manifest --dataset rad-chestct --root absent --split valid --out m.csv",
+    "prepare absent.csv --out cache",
+])
+def test_bad_input_is_one_line_and_status_2(tmp_path, command):
+    arguments = [sys.executable, Path(data.__file__).resolve(), *command.split()]
+    done = subprocess.run(arguments, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("data.py: error: absent")
