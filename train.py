@@ -68,27 +68,27 @@ class Settings:
     summaries: summaries.jsonl of the manifest's reports; none: the raw reports
     preset: phantom or base; default: phantom without a manifest, else base
     out: the run's folder; default: runs/PRESET
-    resume: go on with the run in --out, with its own settings
+    resume: go on with the run in --out, by its own settings, or begin it
     vision: vit, resnet18 or resnet34; default: the preset's
     text_checkpoint: a Hugging Face BERT to start the text encoder from
     cache: folder of prepared volumes; default: cache beside the manifest
     epochs: passes over the distinct reports
     batch: pairs in a batch, over all GPUs; each is the others' negative
     accumulate: batches in an optimiser step
-    optimizer: adam, adamw or muon (for the vision encoder's inner kernels)
+    optimizer: adam, adamw or muon (AdamW, but Muon for the vision encoder's inner matrices)
     lr: learning rate at its highest
     text_lr: the text encoder's learning rate, as a share of lr
     beta1: Adam's first
     beta2: Adam's second
     weight_decay: of matrices; not of biases and norms
-    schedule: plateau (halved when the held-out loss stalls) or cosine
+    schedule: plateau (halved if the held-out loss hasn't fallen for 5 epochs) or cosine
     warmup: steps of linear warm-up
     clip: largest gradient norm
     alpha: weight of the reconstruction MSE
     beta: weight of InfoNCE(v, t)
     gamma: weight of InfoNCE(v_hat, t_hat)
     learn_scale: learn InfoNCE's scale, else it stays 10
-    bank_init: or gaussian, xavier, uniform, kmeans (of embeddings)
+    bank_init: how the bank begins: orthogonal, gaussian, xavier, uniform, kmeans of embeddings
     bank_frozen: keep the bank as it begins
     holdout: share of the patients held back, to choose the best model by
     seed: of everything random
@@ -164,12 +164,16 @@ def train(settings):
     """Train as settings say, in settings.out; True when the last step was made, else stopped."""
     run, log = set_up(settings), None
     first = run.progress["step"]
+
+    # the first process writes the run's folder
     if RANK == 0:
         record = json.dumps(asdict(settings), indent=1)
         data.write_atomically(run.out / "state" / "settings.json", record.encode())
         tokenizer = run.model.text.tokenizer.to_str()  # so that even the first epoch can be resumed
         data.write_atomically(run.out / "tokenizer.json", tokenizer.encode())
         log = Log(run.out / "log.jsonl", first)
+
+    # batches from where the run stands; with several processes gradients are averaged over them
     loader, per_epoch, steps = batches(run)
     parallel = run.model
     if WORLD > 1:
@@ -184,16 +188,18 @@ def train(settings):
         done = step + 1
         run.progress["step"] = done
 
-        # every tenth step: the mean of the losses since the last
+        # every ten steps: show and log the mean losses
         last = done == steps
         if last or done % 10 == 0:
             report_step(run, log, bar, lr, losses)
             losses.clear()
 
-        # every epoch: validate, keep the best model; then and now and then: save all
+        # every epoch: validate, adapt the learning rate, keep the best model
         epoch_ends = last or done % per_epoch == 0
         if epoch_ends:
             end_epoch(run, log, lr, done / per_epoch)
+
+        # every epoch, every 15 minutes, at a signal: save what resumption needs
         if log and (epoch_ends or signals or time.monotonic() - saved_at > 900):
             save_state(run)
             saved_at = time.monotonic()
@@ -521,26 +527,36 @@ def collate(pairs):
 # ---- 4. The optimiser ----------------------------------------------------------------------------
 
 def make_optimizer(model, settings):
-    """The optimiser, its groups named by whether they are the text's, matrices, and Muon's."""
+    """The optimiser over named groups: texts learn at their own rate, only matrices decay."""
     kinds = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "muon": Muon}
     if settings.optimizer not in kinds:
         raise ValueError(f"optimizer is '{settings.optimizer}'; adam, adamw or muon is needed")
     text = {*model.text.parameters(), *model.text_projection.parameters()}
     inner = set(model.vision.blocks.parameters()) if settings.optimizer == "muon" else set()
-    by_kind, groups = {}, []
-    for weight in model.parameters():
-        if weight.requires_grad:
-            is_matrix = weight.ndim > 1
-            kind = weight in text, is_matrix, is_matrix and weight in inner
-            by_kind.setdefault(kind, []).append(weight)
-    for (is_text, is_matrix, is_inner), weights in sorted(by_kind.items()):
-        groups.append({
-            "params": weights,
-            "share": settings.text_lr if is_text else 1.0,
-            "weight_decay": settings.weight_decay if is_matrix else 0.0,
-            "inner": is_inner,
-        })
-    return kinds[settings.optimizer](groups, settings.lr, (settings.beta1, settings.beta2))
+    members = {  # in this order, by which a saved state numbers the parameters
+        "vectors": [], "matrices": [], "inner matrices": [],
+        "text vectors": [], "text matrices": [],
+    }
+    for parameter in model.parameters():
+        name = "matrices" if parameter.ndim > 1 else "vectors"
+        if parameter in text:
+            name = f"text {name}"
+        elif parameter in inner and name == "matrices":
+            name = "inner matrices"
+        if parameter.requires_grad:
+            members[name].append(parameter)
+
+    groups = []
+    for name, parameters in members.items():
+        if parameters:
+            groups.append({
+                "name": name,
+                "params": parameters,
+                "share": settings.text_lr if name.startswith("text") else 1.0,
+                "weight_decay": 0.0 if name.endswith("vectors") else settings.weight_decay,
+            })
+    betas = settings.beta1, settings.beta2
+    return kinds[settings.optimizer](groups, lr=settings.lr, betas=betas)
 
 
 # ---- 5. Muon -------------------------------------------------------------------------------------
@@ -569,26 +585,31 @@ def orthogonal(matrix, steps=5):
 
 
 class Muon(torch.optim.AdamW):
-    """AdamW, but Muon for groups with `inner`; a kernel is the matrix (out, in * kernel)."""
+    """AdamW, but Muon for the group "inner matrices"."""
 
     @torch.no_grad()
     def step(self):
+        """Update all weights from their gradients."""
         for group in self.param_groups:
-            for weight in group["params"] if group["inner"] else ():
-                if weight.grad is not None:
-                    self.muon_step(weight, group)
+            if group["name"] == "inner matrices":
+                for weight in group["params"]:
+                    self.muon_step(weight, group["lr"], group["weight_decay"])
         super().step()
 
-    def muon_step(self, weight, group):
-        gradient, state = weight.grad.flatten(1), self.state[weight]
-        if not state:  # AdamW asks for a step in every state
-            state |= {"step": torch.zeros(()), "momentum": torch.zeros_like(gradient)}
+    def muon_step(self, weight, lr, weight_decay):
+        """Update one weight; a convolution's is the matrix (out, in * kernel)."""
+        if weight.grad is None:
+            return
+        gradient = weight.grad.flatten(1)
+        state = self.state[weight]
+        if not state:
+            state["step"] = torch.zeros(())  # AdamW asks for it in every state
+            state["momentum"] = torch.zeros_like(gradient)
         state["step"] += 1
         momentum = state["momentum"].lerp_(gradient, 0.05)
         update = orthogonal(gradient.lerp(momentum, 0.95)) * (0.2 * max(gradient.shape) ** 0.5)
-        weight.mul_(1 - group["lr"] * group["weight_decay"])
-        weight.sub_(group["lr"] * update.view_as(weight))
-        weight.grad = None  # so that AdamW passes it by
+        weight.mul_(1 - lr * weight_decay).sub_(lr * update.view_as(weight))
+        weight.grad = None  # AdamW passes it by
 
 
 # ---- 6. Saved state, log and curves --------------------------------------------------------------
