@@ -4,8 +4,7 @@
     python convert.py official official.ckpt --tokenizer path/to/their-bert --out runs/official
 
 A PyTorch Lightning .ckpt is a pickle, and unpickling runs whatever code it names. Here it is read
-as data: tensors and plain containers are built, every other class or function that it names becomes
-an inert stand-in, so that nothing of it is imported or called.
+as data (see `Checkpoint`): nothing that it names is imported or called.
 """
 import argparse
 import pickle
@@ -19,7 +18,7 @@ import torch
 
 from model import BrgSA, Config, from_bert, read_tokenizer
 
-# Part of the authors' checkpoint, below `gloria.` -> ours (the text encoder's is renamed further).
+# How the authors' names begin, below `gloria.` -> the part of BrgSA (text's are renamed further).
 TABLE = {
     "text_encoder.model.": "text",
     "text_encoder.emb_global.": "text_projection",
@@ -31,11 +30,25 @@ PLACE = re.compile(rf"gloria\.({'|'.join(map(re.escape, TABLE))})(.*)", re.DOTAL
 UNUSED = re.compile(r"emb_local|local_embedder")  # the method doesn't use the local embedders
 
 
+# ---- A pickle, read as data ----------------------------------------------------------------------
+#
+# A pickle is a small program: "take the class or function of this name, call it with these
+# arguments, set this state". Who wrote the file chose the names, so one of them may be os.system.
+# `Checkpoint` looks up none of them. It knows the few that tensors in plain containers need, and
+# has something harmless for each:
+#
+#     OrderedDict                      itself
+#     FloatStorage and its siblings    the dtype that they stand for
+#     _rebuild_tensor_v2               a function that notes where the tensor's bytes are
+#     _rebuild_parameter               a function that returns the tensor alone
+#     getattr, for a class in a class  a function that returns Inert
+#
+# Every other name is Inert, a class that takes any argument and any state and does nothing. It is
+# needed because the released file also holds settings (OmegaConf's objects), callbacks and the
+# optimiser's state, which are of no use here.
+
 class Inert:
     """What any class or function of a pickle becomes: it takes everything and does nothing."""
-
-    def __new__(cls, *_, **__):
-        return super().__new__(cls)
 
     def __init__(self, *_, **__):
         pass
@@ -47,7 +60,7 @@ def _reference(storage, offset, shape, stride, *_):
     return storage, offset, shape, stride
 
 
-# What a name in the pickle stands for, whatever its module; all others are Inert.
+# What a name in the pickle stands for, whatever its module.
 KNOWN = {
     "FloatStorage": torch.float32, "HalfStorage": torch.float16, "BFloat16Storage": torch.bfloat16,
     "DoubleStorage": torch.float64, "LongStorage": torch.int64, "IntStorage": torch.int32,
@@ -86,8 +99,10 @@ class Checkpoint(pickle.Unpickler):
         return torch.frombuffer(content, dtype=dtype).as_strided(shape, stride, offset).clone()
 
 
+# ---- From its weights to a model -----------------------------------------------------------------
+
 def read_parts(checkpoint):
-    """({our part: {name: float tensor}}, the names under `gloria.` that have no place)."""
+    """({part of BrgSA: {name: float tensor}}, the names under `gloria.` that have no place)."""
     parts, left_out = {part: {} for part in TABLE.values()}, []
     try:
         reader = Checkpoint(checkpoint)
@@ -162,6 +177,8 @@ def convert(checkpoint, tokenizer, out):
     model.save_pretrained(out)
     return model.eval(), left_out
 
+
+# ---- Command line --------------------------------------------------------------------------------
 
 def run_command(main):
     """Run a command line's main() -> exit status; bad input is 2 and one line on standard error."""

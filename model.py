@@ -4,11 +4,19 @@
     t = projection(text(prompt))        t_hat = softmax(t D^T) D
     zero-shot score of a volume and a prompt = (cos(v, t) + cos(v_hat, t)) / 2
 
-    model = BrgSA.from_pretrained("runs/phantom")
+Example:
+
+    import torch
+    from model import BrgSA, zero_shot_scores
+
+    model = BrgSA.from_pretrained("runs/phantom")                          # by `python train.py`
+    volumes = torch.randint(-1000, 1000, (2, 1, *model.config.shape))      # HU, (B, 1, X, Y, Z)
+    prompts = ["There is pleural effusion", "There is lung nodule"]
     with torch.inference_mode():
-        v = model.encode_image(volumes)                             # (B, 1, X, Y, Z) in HU
-        t = model.encode_text(["There is pleural effusion", "There is lung nodule"])
-        scores = zero_shot_scores(v, model.bridge(v), t, model.bridge(t))          # (B, 2)
+        v = model.encode_image(volumes)                                    # (B, dim)
+        t = model.encode_text(prompts)                                     # (P, dim)
+        scores = zero_shot_scores(v, model.bridge(v), t, model.bridge(t))  # (B, P)
+    assert scores.shape == (2, 2)
 """
 import json
 import os
@@ -371,7 +379,7 @@ class TextEncoder(nn.Module):
         return encoder
 
 
-# Our name in a block -> Hugging Face's within a layer; several are one matrix of ours.
+# Name in a block -> Hugging Face's in a layer; several matrices there are one here.
 BERT_LAYER = {
     "attn.qkv": "attention.self.query attention.self.key attention.self.value",
     "attn.proj": "attention.output.dense",
@@ -402,7 +410,7 @@ def from_bert(weights, depth, where):
         ) from None
 
 
-# ---- 4. The whole model, and its zero-shot score -------------------------------------------------
+# ---- 4. The whole model --------------------------------------------------------------------------
 
 class BrgSA(nn.Module):
     """The whole model; embeddings are (B, dim), not normalised."""
@@ -504,6 +512,13 @@ class BrgSA(nn.Module):
         return model.eval()
 
 
+# ---- 5. The zero-shot score ----------------------------------------------------------------------
+#
+# A volume has two embeddings, v and v_hat, a prompt t and t_hat: four pairs. The score is the mean
+# cosine over some of the pairs (a, b), in the paper over (v, t) and (v_hat, t):
+#
+#     score = mean of a . b / (|a| |b|)
+
 PAIRS = ("v-t", "v_hat-t", "v-t_hat", "v_hat-t_hat")
 
 
@@ -533,7 +548,7 @@ def default_device():
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-# ---- 5. Files ------------------------------------------------------------------------------------
+# ---- 6. Files ------------------------------------------------------------------------------------
 
 def write_atomically(path, content):
     """Write bytes to a temporary name beside path, sync, rename: a killed run leaves old or new."""

@@ -68,27 +68,27 @@ class Settings:
     summaries: summaries.jsonl of the manifest's reports; none: the raw reports
     preset: phantom or base; default: phantom without a manifest, else base
     out: the run's folder; default: runs/PRESET
-    resume: go on with the run in --out, with its own settings
+    resume: go on with the run in --out, by its own settings, or begin it
     vision: vit, resnet18 or resnet34; default: the preset's
     text_checkpoint: a Hugging Face BERT to start the text encoder from
     cache: folder of prepared volumes; default: cache beside the manifest
     epochs: passes over the distinct reports
     batch: pairs in a batch, over all GPUs; each is the others' negative
     accumulate: batches in an optimiser step
-    optimizer: adam, adamw or muon (for the vision encoder's inner kernels)
+    optimizer: adam, adamw or muon (AdamW, but Muon for the vision encoder's inner matrices)
     lr: learning rate at its highest
     text_lr: the text encoder's learning rate, as a share of lr
     beta1: Adam's first
     beta2: Adam's second
     weight_decay: of matrices; not of biases and norms
-    schedule: plateau (halved when the held-out loss stalls) or cosine
+    schedule: plateau (halved if the held-out loss hasn't fallen for 5 epochs) or cosine
     warmup: steps of linear warm-up
     clip: largest gradient norm
     alpha: weight of the reconstruction MSE
     beta: weight of InfoNCE(v, t)
     gamma: weight of InfoNCE(v_hat, t_hat)
     learn_scale: learn InfoNCE's scale, else it stays 10
-    bank_init: or gaussian, xavier, uniform, kmeans (of embeddings)
+    bank_init: how the bank begins: orthogonal, gaussian, xavier, uniform, kmeans of embeddings
     bank_frozen: keep the bank as it begins
     holdout: share of the patients held back, to choose the best model by
     seed: of everything random
@@ -136,213 +136,9 @@ SCHEDULES = {
         schedule="cosine", warmup=30, clip=1.0, alpha=0.02, holdout=0.1,
     ),
 }
-PHANTOM = dict(train=800, valid=240, masks=True)
-PHANTOM_FOLDER = Path("runs/phantom-data")
 
 
-def phantom_manifest():
-    """Write the phantom where it is absent or unfinished; returns its manifest, both splits."""
-    folder, manifest = PHANTOM_FOLDER, PHANTOM_FOLDER / "manifest.csv"
-    if not (folder / "phantom.json").exists():
-        phantom.write(folder, **PHANTOM)
-    if not manifest.exists():
-        rows = data.ct_rate_manifest(folder, "train") + data.ct_rate_manifest(folder, "valid")
-        data.write_manifest(rows, manifest)
-    return manifest
-
-
-def phantom_summaries(device="cpu"):
-    """Summarize the phantom's reports by the small language model -> summaries.jsonl's path."""
-    manifest, out = PHANTOM_FOLDER / "manifest.csv", PHANTOM_FOLDER / "summaries.jsonl"
-    summarize.run(summarize.SMALL_CHECKPOINT, manifest, out, device=device)
-    return str(out)
-
-
-def model_config(settings):
-    """The preset's Config with the run's own choices."""
-    own = {"learn_scale": settings.learn_scale}
-    if settings.vision:
-        own["vision"] = settings.vision
-    if settings.text_checkpoint:
-        text = TextEncoder.from_huggingface(settings.text_checkpoint)
-        own |= {
-            "vocabulary": text.word_embeddings.num_embeddings,
-            "text_width": text.width,
-            "text_depth": len(text.blocks),
-            "text_heads": text.blocks[0].attn.heads,
-            "text_positions": text.position_embeddings.num_embeddings,
-        }
-    if settings.bank_init != "kmeans":
-        own["bank_init"] = settings.bank_init
-    if Path(settings.manifest).with_name("phantom.json").exists():
-        own["trained_on"] = "phantom"
-    return Config(**PRESETS[settings.preset] | own)
-
-
-# ---- 2. Batches ----------------------------------------------------------------------------------
-
-def training_rows(rows, holdout):
-    """(rows to train on, rows held back): of split train where there is one, else without a split.
-
-    Whole patients are held back, chosen by their names' hash.
-    """
-    named = [row for row in rows if row.split == "train"]
-    rows = named or [row for row in rows if not row.split]
-    if not rows:
-        raise ValueError("the manifest has no row of split train, nor one without a split")
-    patients = {row.patient for row in rows}
-    by_hash = sorted(patients, key=lambda patient: hashlib.sha256(patient.encode()).digest())
-    held, parts = set(by_hash[:round(holdout * len(patients))]), ([], [])
-    for row in rows:
-        parts[row.patient in held].append(row)
-    return parts
-
-
-@dataclass
-class BatchKeys:
-    """Batches of keys (epoch, item) from batch number `first` on: a new shuffle each epoch.
-
-    The same for the same seed. Every rank gets its own part of each batch. An epoch's last, smaller
-    batch is left out: its negatives would be fewer.
-    """
-
-    n_items: int
-    batch: int
-    epochs: int
-    seed: int
-    first: int = 0
-    rank: int = 0
-    world: int = 1
-
-    @property
-    def per_epoch(self):
-        return self.n_items // self.batch
-
-    def __len__(self):
-        return self.per_epoch * self.epochs - self.first
-
-    def __iter__(self):
-        for number in range(self.first, self.per_epoch * self.epochs):
-            epoch, place = divmod(number, self.per_epoch)
-            order = numpy.random.default_rng((self.seed, epoch)).permutation(self.n_items)
-            items = order[place * self.batch:(place + 1) * self.batch]
-            yield [(epoch, int(item)) for item in items[self.rank::self.world]]
-
-
-def collate(pairs):
-    """Pairs (volume, text) -> (volumes (B, 1, x, y, z), list of texts)."""
-    volumes, texts = zip(*pairs)
-    return torch.stack(volumes), list(texts)
-
-
-def gathered(embeddings):
-    """The embeddings of every GPU's part of the batch, with gradients: all are negatives."""
-    embeddings = [x.float() for x in embeddings]
-    if not dist.is_initialized():
-        return embeddings
-    return [torch.cat(dist.nn.functional.all_gather(x.contiguous())) for x in embeddings]
-
-
-# ---- 3. The optimiser ----------------------------------------------------------------------------
-#
-# Muon (Jordan et al. 2024) steps along a matrix's momentum with all its singular values made equal,
-# so that rare directions learn as fast as common ones. That is done by a few matrix products, the
-# Newton-Schulz iteration. A step is as long as AdamW's usually is (0.2 a weight; Liu et al. 2025),
-# so that both share one learning rate.
-
-def orthogonal(matrix, steps=5):
-    """The matrix with its singular values made about 1, by x <- (a + b x x' + c (x x')^2) x.
-
-    All factors are polynomials of the first x x', so they are multiplied there, on the shorter side
-    squared, and meet x once.
-    """
-    tall = matrix.shape[0] > matrix.shape[1]
-    x = matrix.mT if tall else matrix
-    norm = x.norm() + 1e-12
-    one = torch.eye(len(x), device=x.device)
-    square, product = x @ x.mT / norm**2, one / norm
-    for _ in range(steps):
-        factor = 3.4445 * one - 4.7750 * square + 2.0315 * square @ square
-        square, product = factor @ square @ factor, factor @ product
-    x = product @ x
-    return x.mT if tall else x
-
-
-class Muon(torch.optim.AdamW):
-    """AdamW, but Muon for groups with `inner`; a kernel is the matrix (out, in * kernel)."""
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            for weight in group["params"] if group["inner"] else ():
-                if weight.grad is not None:
-                    self.muon_step(weight, group)
-        super().step()
-
-    def muon_step(self, weight, group):
-        gradient, state = weight.grad.flatten(1), self.state[weight]
-        if not state:  # AdamW asks for a step in every state
-            state |= {"step": torch.zeros(()), "momentum": torch.zeros_like(gradient)}
-        state["step"] += 1
-        momentum = state["momentum"].lerp_(gradient, 0.05)
-        update = orthogonal(gradient.lerp(momentum, 0.95)) * (0.2 * max(gradient.shape) ** 0.5)
-        weight.mul_(1 - group["lr"] * group["weight_decay"])
-        weight.sub_(group["lr"] * update.view_as(weight))
-        weight.grad = None  # so that AdamW passes it by
-
-
-def make_optimizer(model, settings):
-    """The optimiser, its groups named by whether they are the text's, matrices, and Muon's."""
-    kinds = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "muon": Muon}
-    if settings.optimizer not in kinds:
-        raise ValueError(f"optimizer is '{settings.optimizer}'; adam, adamw or muon is needed")
-    text = {*model.text.parameters(), *model.text_projection.parameters()}
-    inner = set(model.vision.blocks.parameters()) if settings.optimizer == "muon" else set()
-    by_kind, groups = {}, []
-    for weight in model.parameters():
-        if weight.requires_grad:
-            is_matrix = weight.ndim > 1
-            kind = weight in text, is_matrix, is_matrix and weight in inner
-            by_kind.setdefault(kind, []).append(weight)
-    for (is_text, is_matrix, is_inner), weights in sorted(by_kind.items()):
-        groups.append({
-            "params": weights,
-            "share": settings.text_lr if is_text else 1.0,
-            "weight_decay": settings.weight_decay if is_matrix else 0.0,
-            "inner": is_inner,
-        })
-    return kinds[settings.optimizer](groups, settings.lr, (settings.beta1, settings.beta2))
-
-
-def learning_rate(settings, step, steps):
-    """The rate of a step, from warm-up and schedule."""
-    rate = settings.lr * min(1.0, (step + 1) / max(settings.warmup, 1))
-    if settings.schedule == "cosine":
-        rate *= 0.5 * (1 + math.cos(math.pi * step / steps))
-    return rate
-
-
-def mixed_precision(device):
-    """The type for autocast: bfloat16 on a GPU that computes in it, else float16; on a CPU none,
-    whose bfloat16 batch norm overflows."""
-    if device.type != "cuda":
-        return None
-    has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if has_bf16 else torch.float16
-
-
-def keep_freed_memory():
-    """On Linux's CPU, let malloc keep what was freed: a step is then a seventh faster.
-
-    Returning it costs a page fault for every 4 KiB of the next step.
-    """
-    with contextlib.suppress(OSError, AttributeError):
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-4, 0)          # M_MMAP_MAX: large blocks from the heap, too
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: don't shrink the heap
-
-
-# ---- 4. Set up -----------------------------------------------------------------------------------
+# ---- 2. The loop ---------------------------------------------------------------------------------
 
 @dataclass
 class Run:
@@ -364,119 +160,20 @@ class Run:
         return Path(self.settings.out)
 
 
-def state_file(settings):
-    """Where a run's last state is kept."""
-    return Path(settings.out) / "state" / "last.safetensors"
-
-
-def set_up(settings):
-    """The Run: from its last state where it has one, else from the beginning."""
-    index = int(os.environ.get("LOCAL_RANK", 0)) if settings.device == "cuda" else None
-    device = torch.device(settings.device, index)
-    torch.manual_seed(settings.seed)
-    config = model_config(settings)
-    pairs, held_out, held_texts = training_data(settings, config)
-    batch = min(settings.batch, len(pairs)) // WORLD * WORLD
-    if batch < 2:
-        raise ValueError(
-            f"{settings.manifest}: {len(pairs)} distinct reports to train on; at least two are "
-            "needed, and one for each GPU"
-        )
-    resuming = state_file(settings).exists()
-    model = new_model(settings, config, pairs, device, resuming)
-    model.bank.weight.requires_grad_(not settings.bank_frozen)
-    optimizer = make_optimizer(model, settings)
-    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=5)
-    scaler = torch.amp.GradScaler(device.type, enabled=mixed_precision(device) == torch.float16)
-    progress = {"step": 0, "best": None, "lr_factor": 1.0, "plateau": None}
-    if resuming:
-        progress = load_state(state_file(settings), model, optimizer, scaler)
-        if progress["plateau"]:
-            plateau.load_state_dict(progress["plateau"])
-    return Run(
-        settings, device, pairs, batch, held_out, held_texts, model, optimizer, scaler, plateau,
-        progress,
-    )
-
-
-def training_data(settings, config):
-    """(training pairs, rows held back, the texts of these).
-
-    Rank 0 prepares the volumes; those that can't be read are left out.
-    """
-    summaries = data.read_summaries(settings.summaries) if settings.summaries else {}
-    cache = volume_cache(settings, config)
-    rows, held_out = training_rows(data.read_manifest(settings.manifest), settings.holdout)
-    if RANK == 0:
-        data.prepare(rows + held_out, cache)
-    wait_for_all()
-    rows = [row for row in rows if cache.holds(row)]
-    held_out = [row for row in held_out if cache.holds(row) and row.report]
-    pairs = data.ReportVolumes(rows, cache, summaries, config.crop, seed=settings.seed)
-    texts = []
-    for row in held_out:
-        parts = data.sentences(data.text_of(row, summaries))
-        texts.append(" ".join(parts[:pairs.n_sentences]))
-    return pairs, held_out, texts
-
-
-def wait_for_all():
-    """Let every rank come to this point."""
-    if WORLD > 1:
-        dist.barrier()
-
-
-def volume_cache(settings, config):
-    """The cache of volumes as a model's config wants them."""
-    folder = settings.cache or Path(settings.manifest).with_name("cache")
-    return data.Cache.for_config(folder, config)
-
-
-def new_model(settings, config, pairs, device, resuming):
-    """The model as it begins; on resumption its weights are still to be loaded."""
-    if resuming:
-        return BrgSA(config, read_tokenizer(settings.out)).to(device)
-    if settings.text_checkpoint:
-        text = TextEncoder.from_huggingface(settings.text_checkpoint)
-        model = BrgSA(config, text.tokenizer)
-        model.text.load_state_dict(text.state_dict())
-    else:
-        texts = [sentence for _, text in pairs.items for sentence in text]
-        model = BrgSA(config, train_tokenizer(texts, config.vocabulary))
-    model.to(device)
-    volumes, texts = collate([pairs[0, item] for item in range(min(len(pairs), 64))])
-    model.initialise(volumes.to(device), texts)
-    if settings.bank_init == "kmeans":
-        model.bank.reset(first_entries(model, pairs, settings.batch, device))
-    return model
-
-
-@torch.no_grad()
-def first_entries(model, pairs, batch, device):
-    """Entries (bank_size, dim) to begin the bank with: k-means of the untrained embeddings.
-
-    Of both modalities, up to two of each an entry.
-    """
-    size, embeddings = len(model.bank.weight), []
-    items = range(min(len(pairs), 2 * size))
-    for first in items[::batch]:
-        volumes, texts = collate([pairs[0, item] for item in items[first:first + batch]])
-        embeddings += model.encode_image(volumes.to(device)), model.encode_text(texts)
-    return kmeans(torch.cat(embeddings), size)
-
-
-# ---- 5. The loop ---------------------------------------------------------------------------------
-
 def train(settings):
     """Train as settings say, in settings.out; True when the last step was made, else stopped."""
     run, log = set_up(settings), None
     first = run.progress["step"]
+
+    # the first process writes the run's folder
     if RANK == 0:
         record = json.dumps(asdict(settings), indent=1)
         data.write_atomically(run.out / "state" / "settings.json", record.encode())
         tokenizer = run.model.text.tokenizer.to_str()  # so that even the first epoch can be resumed
         data.write_atomically(run.out / "tokenizer.json", tokenizer.encode())
         log = Log(run.out / "log.jsonl", first)
+
+    # batches from where the run stands; with several processes gradients are averaged over them
     loader, per_epoch, steps = batches(run)
     parallel = run.model
     if WORLD > 1:
@@ -491,37 +188,24 @@ def train(settings):
         done = step + 1
         run.progress["step"] = done
 
-        # every tenth step: the mean of the losses since the last
+        # every ten steps: show and log the mean losses
         last = done == steps
         if last or done % 10 == 0:
             report_step(run, log, bar, lr, losses)
             losses.clear()
 
-        # every epoch: validate, keep the best model; then and now and then: save all
+        # every epoch: validate, adapt the learning rate, keep the best model
         epoch_ends = last or done % per_epoch == 0
         if epoch_ends:
             end_epoch(run, log, lr, done / per_epoch)
+
+        # every epoch, every 15 minutes, at a signal: save what resumption needs
         if log and (epoch_ends or signals or time.monotonic() - saved_at > 900):
             save_state(run)
             saved_at = time.monotonic()
         if signals:
             return False
     return True
-
-
-def batches(run):
-    """(an iterator of batches from the run's step on, steps in an epoch, steps in all)."""
-    settings = run.settings
-    first = run.progress["step"] * settings.accumulate
-    keys = BatchKeys(
-        len(run.pairs), run.batch, settings.epochs, settings.seed, first, RANK, WORLD
-    )
-    loader = torch.utils.data.DataLoader(
-        run.pairs, batch_sampler=keys, num_workers=settings.workers, collate_fn=collate,
-        pin_memory=settings.device == "cuda",
-    )
-    per_epoch = max(1, keys.per_epoch // settings.accumulate)
-    return iter(loader), per_epoch, keys.per_epoch * settings.epochs // settings.accumulate
 
 
 def training_step(run, parallel, loader, lr, losses):
@@ -543,6 +227,14 @@ def training_step(run, parallel, loader, lr, losses):
     run.scaler.step(run.optimizer)
     run.scaler.update()
     run.optimizer.zero_grad()
+
+
+def gathered(embeddings):
+    """The embeddings of every GPU's part of the batch, with gradients: all are negatives."""
+    embeddings = [x.float() for x in embeddings]
+    if not dist.is_initialized():
+        return embeddings
+    return [torch.cat(dist.nn.functional.all_gather(x.contiguous())) for x in embeddings]
 
 
 def report_step(run, log, bar, lr, losses):
@@ -611,6 +303,23 @@ def scored_pairs(settings):
     return PAIRS[:2] if settings.gamma or settings.alpha else PAIRS[:1]
 
 
+def learning_rate(settings, step, steps):
+    """The rate of a step, from warm-up and schedule."""
+    rate = settings.lr * min(1.0, (step + 1) / max(settings.warmup, 1))
+    if settings.schedule == "cosine":
+        rate *= 0.5 * (1 + math.cos(math.pi * step / steps))
+    return rate
+
+
+def mixed_precision(device):
+    """The type for autocast: bfloat16 on a GPU that computes in it, else float16; on a CPU none,
+    whose bfloat16 batch norm overflows."""
+    if device.type != "cuda":
+        return None
+    has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if has_bf16 else torch.float16
+
+
 def stop_at_signal():
     """A list that fills at the first Ctrl-C or SIGTERM: the loop then stops between two steps.
 
@@ -627,7 +336,288 @@ def stop_at_signal():
     return signals
 
 
+# ---- 3. Set up: model and data -------------------------------------------------------------------
+
+def set_up(settings):
+    """The Run: from its last state where it has one, else from the beginning."""
+    index = int(os.environ.get("LOCAL_RANK", 0)) if settings.device == "cuda" else None
+    device = torch.device(settings.device, index)
+    torch.manual_seed(settings.seed)
+    config = model_config(settings)
+    pairs, held_out, held_texts = training_data(settings, config)
+    batch = min(settings.batch, len(pairs)) // WORLD * WORLD
+    if batch < 2:
+        raise ValueError(
+            f"{settings.manifest}: {len(pairs)} distinct reports to train on; at least two are "
+            "needed, and one for each GPU"
+        )
+    resuming = state_file(settings).exists()
+    model = new_model(settings, config, pairs, device, resuming)
+    model.bank.weight.requires_grad_(not settings.bank_frozen)
+    optimizer = make_optimizer(model, settings)
+    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=5)
+    scaler = torch.amp.GradScaler(device.type, enabled=mixed_precision(device) == torch.float16)
+    progress = {"step": 0, "best": None, "lr_factor": 1.0, "plateau": None}
+    if resuming:
+        progress = load_state(state_file(settings), model, optimizer, scaler)
+        if progress["plateau"]:
+            plateau.load_state_dict(progress["plateau"])
+    return Run(
+        settings, device, pairs, batch, held_out, held_texts, model, optimizer, scaler, plateau,
+        progress,
+    )
+
+
+def model_config(settings):
+    """The preset's Config with the run's own choices."""
+    own = {"learn_scale": settings.learn_scale}
+    if settings.vision:
+        own["vision"] = settings.vision
+    if settings.text_checkpoint:
+        text = TextEncoder.from_huggingface(settings.text_checkpoint)
+        own |= {
+            "vocabulary": text.word_embeddings.num_embeddings,
+            "text_width": text.width,
+            "text_depth": len(text.blocks),
+            "text_heads": text.blocks[0].attn.heads,
+            "text_positions": text.position_embeddings.num_embeddings,
+        }
+    if settings.bank_init != "kmeans":
+        own["bank_init"] = settings.bank_init
+    if Path(settings.manifest).with_name("phantom.json").exists():
+        own["trained_on"] = "phantom"
+    return Config(**PRESETS[settings.preset] | own)
+
+
+def new_model(settings, config, pairs, device, resuming):
+    """The model as it begins; on resumption its weights are still to be loaded."""
+    if resuming:
+        return BrgSA(config, read_tokenizer(settings.out)).to(device)
+    if settings.text_checkpoint:
+        text = TextEncoder.from_huggingface(settings.text_checkpoint)
+        model = BrgSA(config, text.tokenizer)
+        model.text.load_state_dict(text.state_dict())
+    else:
+        texts = [sentence for _, text in pairs.items for sentence in text]
+        model = BrgSA(config, train_tokenizer(texts, config.vocabulary))
+    model.to(device)
+    volumes, texts = collate([pairs[0, item] for item in range(min(len(pairs), 64))])
+    model.initialise(volumes.to(device), texts)
+    if settings.bank_init == "kmeans":
+        model.bank.reset(first_entries(model, pairs, settings.batch, device))
+    return model
+
+
+@torch.no_grad()
+def first_entries(model, pairs, batch, device):
+    """Entries (bank_size, dim) to begin the bank with: k-means of the untrained embeddings.
+
+    Of both modalities, up to two of each an entry.
+    """
+    size, embeddings = len(model.bank.weight), []
+    items = range(min(len(pairs), 2 * size))
+    for first in items[::batch]:
+        volumes, texts = collate([pairs[0, item] for item in items[first:first + batch]])
+        embeddings += model.encode_image(volumes.to(device)), model.encode_text(texts)
+    return kmeans(torch.cat(embeddings), size)
+
+
+def training_data(settings, config):
+    """(training pairs, rows held back, the texts of these).
+
+    Rank 0 prepares the volumes; those that can't be read are left out.
+    """
+    summaries = data.read_summaries(settings.summaries) if settings.summaries else {}
+    cache = volume_cache(settings, config)
+    rows, held_out = training_rows(data.read_manifest(settings.manifest), settings.holdout)
+    if RANK == 0:
+        data.prepare(rows + held_out, cache)
+    wait_for_all()
+    rows = [row for row in rows if cache.holds(row)]
+    held_out = [row for row in held_out if cache.holds(row) and row.report]
+    pairs = data.ReportVolumes(rows, cache, summaries, config.crop, seed=settings.seed)
+    texts = []
+    for row in held_out:
+        parts = data.sentences(data.text_of(row, summaries))
+        texts.append(" ".join(parts[:pairs.n_sentences]))
+    return pairs, held_out, texts
+
+
+def volume_cache(settings, config):
+    """The cache of volumes as a model's config wants them."""
+    folder = settings.cache or Path(settings.manifest).with_name("cache")
+    return data.Cache.for_config(folder, config)
+
+
+def wait_for_all():
+    """Let every rank come to this point."""
+    if WORLD > 1:
+        dist.barrier()
+
+
+def training_rows(rows, holdout):
+    """(rows to train on, rows held back): of split train where there is one, else without a split.
+
+    Whole patients are held back, chosen by their names' hash.
+    """
+    named = [row for row in rows if row.split == "train"]
+    rows = named or [row for row in rows if not row.split]
+    if not rows:
+        raise ValueError("the manifest has no row of split train, nor one without a split")
+    patients = {row.patient for row in rows}
+    by_hash = sorted(patients, key=lambda patient: hashlib.sha256(patient.encode()).digest())
+    held, parts = set(by_hash[:round(holdout * len(patients))]), ([], [])
+    for row in rows:
+        parts[row.patient in held].append(row)
+    return parts
+
+
+def batches(run):
+    """(an iterator of batches from the run's step on, steps in an epoch, steps in all)."""
+    settings = run.settings
+    first = run.progress["step"] * settings.accumulate
+    keys = BatchKeys(
+        len(run.pairs), run.batch, settings.epochs, settings.seed, first, RANK, WORLD
+    )
+    loader = torch.utils.data.DataLoader(
+        run.pairs, batch_sampler=keys, num_workers=settings.workers, collate_fn=collate,
+        pin_memory=settings.device == "cuda",
+    )
+    per_epoch = max(1, keys.per_epoch // settings.accumulate)
+    return iter(loader), per_epoch, keys.per_epoch * settings.epochs // settings.accumulate
+
+
+@dataclass
+class BatchKeys:
+    """Batches of keys (epoch, item) from batch number `first` on: a new shuffle each epoch.
+
+    The same for the same seed. Every rank gets its own part of each batch. An epoch's last, smaller
+    batch is left out: its negatives would be fewer.
+    """
+
+    n_items: int
+    batch: int
+    epochs: int
+    seed: int
+    first: int = 0
+    rank: int = 0
+    world: int = 1
+
+    @property
+    def per_epoch(self):
+        return self.n_items // self.batch
+
+    def __len__(self):
+        return self.per_epoch * self.epochs - self.first
+
+    def __iter__(self):
+        for number in range(self.first, self.per_epoch * self.epochs):
+            epoch, place = divmod(number, self.per_epoch)
+            order = numpy.random.default_rng((self.seed, epoch)).permutation(self.n_items)
+            items = order[place * self.batch:(place + 1) * self.batch]
+            yield [(epoch, int(item)) for item in items[self.rank::self.world]]
+
+
+def collate(pairs):
+    """Pairs (volume, text) -> (volumes (B, 1, x, y, z), list of texts)."""
+    volumes, texts = zip(*pairs)
+    return torch.stack(volumes), list(texts)
+
+
+# ---- 4. The optimiser ----------------------------------------------------------------------------
+
+def make_optimizer(model, settings):
+    """The optimiser over named groups: texts learn at their own rate, only matrices decay."""
+    kinds = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "muon": Muon}
+    if settings.optimizer not in kinds:
+        raise ValueError(f"optimizer is '{settings.optimizer}'; adam, adamw or muon is needed")
+    text = {*model.text.parameters(), *model.text_projection.parameters()}
+    inner = set(model.vision.blocks.parameters()) if settings.optimizer == "muon" else set()
+    members = {  # in this order, by which a saved state numbers the parameters
+        "vectors": [], "matrices": [], "inner matrices": [],
+        "text vectors": [], "text matrices": [],
+    }
+    for parameter in model.parameters():
+        name = "matrices" if parameter.ndim > 1 else "vectors"
+        if parameter in text:
+            name = f"text {name}"
+        elif parameter in inner and name == "matrices":
+            name = "inner matrices"
+        if parameter.requires_grad:
+            members[name].append(parameter)
+
+    groups = []
+    for name, parameters in members.items():
+        if parameters:
+            groups.append({
+                "name": name,
+                "params": parameters,
+                "share": settings.text_lr if name.startswith("text") else 1.0,
+                "weight_decay": 0.0 if name.endswith("vectors") else settings.weight_decay,
+            })
+    betas = settings.beta1, settings.beta2
+    return kinds[settings.optimizer](groups, lr=settings.lr, betas=betas)
+
+
+# ---- 5. Muon -------------------------------------------------------------------------------------
+#
+# Muon (Jordan et al. 2024) steps along a matrix's momentum with all its singular values made equal,
+# so that rare directions learn as fast as common ones. A few matrix products do that, the
+# Newton-Schulz iteration, instead of a decomposition. A step is as long as AdamW's usually is (0.2
+# a weight; Liu et al. 2025), so that both share one learning rate.
+
+def orthogonal(matrix, steps=5):
+    """The matrix with its singular values made about 1, by x <- (a + b x x' + c (x x')^2) x.
+
+    All factors are polynomials of the first x x', so they are multiplied there, on the shorter side
+    squared, and meet x once.
+    """
+    tall = matrix.shape[0] > matrix.shape[1]
+    x = matrix.mT if tall else matrix
+    norm = x.norm() + 1e-12
+    one = torch.eye(len(x), device=x.device)
+    square, product = x @ x.mT / norm**2, one / norm
+    for _ in range(steps):
+        factor = 3.4445 * one - 4.7750 * square + 2.0315 * square @ square
+        square, product = factor @ square @ factor, factor @ product
+    x = product @ x
+    return x.mT if tall else x
+
+
+class Muon(torch.optim.AdamW):
+    """AdamW, but Muon for the group "inner matrices"."""
+
+    @torch.no_grad()
+    def step(self):
+        """Update all weights from their gradients."""
+        for group in self.param_groups:
+            if group["name"] == "inner matrices":
+                for weight in group["params"]:
+                    self.muon_step(weight, group["lr"], group["weight_decay"])
+        super().step()
+
+    def muon_step(self, weight, lr, weight_decay):
+        """Update one weight; a convolution's is the matrix (out, in * kernel)."""
+        if weight.grad is None:
+            return
+        gradient = weight.grad.flatten(1)
+        state = self.state[weight]
+        if not state:
+            state["step"] = torch.zeros(())  # AdamW asks for it in every state
+            state["momentum"] = torch.zeros_like(gradient)
+        state["step"] += 1
+        momentum = state["momentum"].lerp_(gradient, 0.05)
+        update = orthogonal(gradient.lerp(momentum, 0.95)) * (0.2 * max(gradient.shape) ** 0.5)
+        weight.mul_(1 - lr * weight_decay).sub_(lr * update.view_as(weight))
+        weight.grad = None  # AdamW passes it by
+
+
 # ---- 6. Saved state, log and curves --------------------------------------------------------------
+
+def state_file(settings):
+    """Where a run's last state is kept."""
+    return Path(settings.out) / "state" / "last.safetensors"
+
 
 def save_state(run):
     """The last model, the optimiser and the progress (JSON) in one safetensors file, atomically."""
@@ -705,7 +695,29 @@ def plot_curves(log, path):
     os.replace(temporary, path)
 
 
-# ---- 7. After the training, and the command line -------------------------------------------------
+# ---- 7. The phantom, and what comes after the training -------------------------------------------
+
+PHANTOM = dict(train=800, valid=240, masks=True)
+PHANTOM_FOLDER = Path("runs/phantom-data")
+
+
+def phantom_manifest():
+    """Write the phantom where it is absent or unfinished; returns its manifest, both splits."""
+    folder, manifest = PHANTOM_FOLDER, PHANTOM_FOLDER / "manifest.csv"
+    if not (folder / "phantom.json").exists():
+        phantom.write(folder, **PHANTOM)
+    if not manifest.exists():
+        rows = data.ct_rate_manifest(folder, "train") + data.ct_rate_manifest(folder, "valid")
+        data.write_manifest(rows, manifest)
+    return manifest
+
+
+def phantom_summaries(device="cpu"):
+    """Summarize the phantom's reports by the small language model -> summaries.jsonl's path."""
+    manifest, out = PHANTOM_FOLDER / "manifest.csv", PHANTOM_FOLDER / "summaries.jsonl"
+    summarize.run(summarize.SMALL_CHECKPOINT, manifest, out, device=device)
+    return str(out)
+
 
 def save_reference(settings):
     """reference.safetensors: the training scans' embeddings by the best model.
@@ -735,6 +747,8 @@ def finish(settings):
         places += f"the evaluation: {out}/evaluation/report.html"
     print(f"\n{places}\none scan: python evaluate.py {out} --volume scan.nii.gz")
 
+
+# ---- 8. Command line -----------------------------------------------------------------------------
 
 def parse(argv=None):
     """Settings from the command line: what is typed, else the preset's, else the defaults.
@@ -769,6 +783,17 @@ def parse(argv=None):
         )
     changed = {name: typed[name] for name in typed.keys() & {"out", "device", "workers", "resume"}}
     return Settings(**json.loads(record.read_text()) | changed)
+
+
+def keep_freed_memory():
+    """On Linux's CPU, let malloc keep what was freed: a step is then a seventh faster.
+
+    Returning it costs a page fault for every 4 KiB of the next step.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-4, 0)          # M_MMAP_MAX: large blocks from the heap, too
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: don't shrink the heap
 
 
 def main(argv=None):

@@ -1,53 +1,45 @@
 """model.py: the encoders against their definitions and transformers' BERT; what is saved loads the
-same or says why not."""
-
+same or says why not.
+"""
 import json
 
 import pytest
 import torch
 import torch.nn.functional as F
+from test_alone import example
 
 import model as model_module
 from cmki import alignment_loss
-from model import PRESETS, BrgSA, Config, ResNet3D, TextEncoder, ViT3D, clean, train_tokenizer
-
-SMALL = Config(
-    **{
-        **PRESETS["phantom"],
-        "vision": "vit",
-        "shape": (48, 48, 40),
-        "crop": (40, 32, 32),
-        "vit_width": 48,
-        "vit_depth": 2,
-        "vit_heads": 2,
-        "resnet_width": 4,
-        "vocabulary": 300,
-        "text_width": 32,
-        "text_depth": 5,
-        "text_positions": 64,
-        "text_heads": 2,
-        "dim": 24,
-        "bank_size": 16,
-    }
+from model import (
+    PAIRS,
+    PRESETS,
+    BrgSA,
+    Config,
+    ResNet3D,
+    TextEncoder,
+    ViT3D,
+    clean,
+    joint_vectors,
+    train_tokenizer,
+    zero_shot_scores,
 )
+
+SMALL = Config(**PRESETS["phantom"] | dict(
+    vision="vit", shape=(48, 48, 40), crop=(40, 32, 32), vit_width=48, vit_depth=2, vit_heads=2,
+    resnet_width=4, vocabulary=300, text_width=32, text_depth=5, text_positions=64, text_heads=2,
+    dim=24, bank_size=16))
 TEXTS = ["There is a pleural effusion.", "There is no Nodule; 1.5 cm"]
 
 
 def small(vision="vit", seed=0, **changes):
     torch.manual_seed(seed)
-    return BrgSA(
-        Config(**{**SMALL.__dict__, "vision": vision, **changes}), train_tokenizer(TEXTS * 5, 300)
-    )
+    config = Config(**{**vars(SMALL), "vision": vision, **changes})
+    return BrgSA(config, train_tokenizer(TEXTS * 5, 300))
 
 
 def volumes(n=2, shape=SMALL.crop, seed=0):
-    return torch.randint(
-        -1000,
-        1000,
-        (n, 1, *shape),
-        dtype=torch.int16,
-        generator=torch.Generator().manual_seed(seed),
-    )
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(-1000, 1000, (n, 1, *shape), dtype=torch.int16, generator=generator)
 
 
 @pytest.mark.parametrize("vision", ["vit", "resnet18", "resnet34"])
@@ -59,11 +51,8 @@ def test_every_encoder_embeds_both_modalities_and_every_parameter_gets_a_gradien
     without = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
     assert without == []
     pooled, grid = model.vision(model.normalise(volumes()))
-    assert (
-        pooled.shape == (2, model.vision.width)
-        and grid.ndim == 5
-        and grid.shape[-1] == model.vision.width
-    )
+    assert pooled.shape == (2, model.vision.width)
+    assert grid.ndim == 5 and grid.shape[-1] == model.vision.width
 
 
 def test_normalisation_is_the_authors():
@@ -75,19 +64,13 @@ def test_normalisation_is_the_authors():
 @pytest.mark.parametrize("vision", ["vit", "resnet18"])
 def test_windows_become_channels_and_survive_saving(tmp_path, vision):
     model = small(vision, windows=((-1000, -500), (0, 200))).eval()
-    out = model.normalise(
-        torch.tensor([-2000, -750, 0, 50, 3000], dtype=torch.int16).view(1, 1, 5, 1, 1)
-    )
-    assert torch.allclose(
-        out.flatten(2),
-        torch.tensor([[[-1, 0, 1, 1, 1], [-1, -1, -1, -0.5, 1]]], dtype=torch.float32),
-        atol=1e-6,
-    )
+    hu = torch.tensor([-2000, -750, 0, 50, 3000], dtype=torch.int16).view(1, 1, 5, 1, 1)
+    expected = torch.tensor([[[-1.0, 0, 1, 1, 1], [-1, -1, -1, -0.5, 1]]])
+    assert torch.allclose(model.normalise(hu).flatten(2), expected, atol=1e-6)
     model.save_pretrained(tmp_path)
     again = BrgSA.from_pretrained(tmp_path)
-    assert again.config == model.config and torch.equal(
-        again.encode_image(volumes()), model.encode_image(volumes())
-    )
+    assert again.config == model.config
+    assert torch.equal(again.encode_image(volumes()), model.encode_image(volumes()))
 
 
 def test_patches_are_flattened_as_the_authors_convolution_does():
@@ -96,12 +79,9 @@ def test_patches_are_flattened_as_the_authors_convolution_does():
     _, grid = vit(x)
     position = vit.pos_embed[0, 1:].view(2, 3, 4, 12)
     i, j, k = 1, 2, 3
-    patch = x[0, 0, 8 * i : 8 * i + 8, 8 * j : 8 * j + 8, 4 * k : 4 * k + 4]
-    token = (
-        (vit.patch_embed["proj"].weight[:, 0] * patch).sum((1, 2, 3))
-        + vit.patch_embed["proj"].bias
-        + position[i, j, k]
-    )
+    patch = x[0, 0, 8 * i:8 * i + 8, 8 * j:8 * j + 8, 4 * k:4 * k + 4]
+    projection = vit.patch_embed["proj"]
+    token = (projection.weight[:, 0] * patch).sum((1, 2, 3)) + projection.bias + position[i, j, k]
     assert torch.allclose(grid[0, i, j, k], F.layer_norm(token, (12,), eps=1e-5), atol=1e-4)
 
 
@@ -111,11 +91,8 @@ def test_position_embeddings_are_distinct_fixed_sines_and_resize_trilinearly():
     x, y, z = 2, 1, 3
     row = embedding.view(3, 4, 5, 30)[x, y, z]
     frequency = 1e4 ** (-torch.arange(5) / 5)
-    assert torch.allclose(
-        row,
-        torch.cat([f(a * frequency) for a in (x, y, z) for f in (torch.sin, torch.cos)]),
-        atol=1e-6,
-    )
+    waves = [f(a * frequency) for a in (x, y, z) for f in (torch.sin, torch.cos)]
+    assert torch.allclose(row, torch.cat(waves), atol=1e-6)
     vit = ViT3D((16, 16, 16), (8, 8, 8), width=12, depth=0, heads=2)
     with torch.no_grad():  # a linear function of the place stays linear between the centres
         vit.pos_embed[0, 1:, 0] = torch.tensor([0.0, 0, 0, 0, 1, 1, 1, 1])
@@ -134,16 +111,13 @@ def test_resnets_are_bottlenecks_that_shrink_32_times():
         net = ResNet3D(depth, width=4).eval()
         assert len(net.blocks) == blocks
         pooled, grid = net(torch.randn(1, 1, 64, 64, 32))
-        assert grid.shape == (1, 2, 2, 1, 128) and torch.allclose(
-            pooled, grid.mean((1, 2, 3)), atol=1e-6
-        )
+        assert grid.shape == (1, 2, 2, 1, 128)
+        assert torch.allclose(pooled, grid.mean((1, 2, 3)), atol=1e-6)
 
 
 def test_text_is_cleaned_to_letters_and_digits():
-    assert (
-        clean("There is NO\npleural-effusion, 1.5 cm (left_side).")
-        == "there is no pleural effusion 1 5 cm left side"
-    )
+    text = "There is NO\npleural-effusion, 1.5 cm (left_side)."
+    assert clean(text) == "there is no pleural effusion 1 5 cm left side"
     model = small().eval()
     with torch.no_grad():
         a, b = model.encode_text(["Pleural EFFUSION.", "pleural effusion"])
@@ -153,37 +127,18 @@ def test_text_is_cleaned_to_letters_and_digits():
 def test_padding_and_the_other_texts_of_a_batch_change_nothing():
     model = small().eval()
     with torch.no_grad():
-        together = model.encode_text(
-            ["nodule", "a much longer text about the pleural effusion that is there", ""]
-        )
-        assert torch.allclose(
-            together,
-            torch.cat(
-                [
-                    model.encode_text([text])
-                    for text in (
-                        "nodule",
-                        "a much longer text about the pleural effusion that is there",
-                        "",
-                    )
-                ]
-            ),
-            atol=1e-5,
-        )
+        texts = ["nodule", "a much longer text about the pleural effusion that is there", ""]
+        alone = torch.cat([model.encode_text([text]) for text in texts])
+        assert torch.allclose(model.encode_text(texts), alone, atol=1e-5)
 
 
 def test_the_same_texts_give_the_same_tokenizer_with_the_frequent_words_whole():
     texts = ["Nodule, nodule and mass.", "A mass; an effusion é"]
     first, second = (train_tokenizer(texts, 81).to_str() for _ in range(2))
     assert first == second
-    assert train_tokenizer(texts, 79).encode("nodule mass effusion").tokens == [
-        "[CLS]",
-        "nodule",
-        "mass",
-        *"effusion"[:1],
-        *(f"##{c}" for c in "ffusion"),
-        "[SEP]",
-    ]
+    spelled = ["e", *(f"##{letter}" for letter in "ffusion")]
+    tokens = train_tokenizer(texts, 79).encode("nodule mass effusion").tokens
+    assert tokens == ["[CLS]", "nodule", "mass", *spelled, "[SEP]"]
 
 
 @pytest.mark.parametrize("vision", ["vit", "resnet18"])
@@ -192,9 +147,7 @@ def test_initialise_spreads_a_first_batch_about_zero(vision):
     model.initialise(volumes(8), texts)
     for x in model(volumes(8), texts)[:2]:
         x = F.normalize(x.detach(), dim=-1)
-        assert (
-            x @ x.T
-        ).mean() < 0.2  # 1 where all embeddings are one, 1/8 where the eight are orthogonal
+        assert (x @ x.T).mean() < 0.2  # 1 if all embeddings are one, 1/8 if they are orthogonal
 
 
 def test_without_a_tokenizer_words_are_spelled():
@@ -207,18 +160,12 @@ def test_without_a_tokenizer_words_are_spelled():
 def test_text_encoder_agrees_with_transformers_bert(tmp_path, files):
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    tokenizer = train_tokenizer(
-        ["effusion of the pleura", "nodules, effusions and nodularity"] * 3, 100
-    )
+    known = ["effusion of the pleura", "nodules, effusions and nodularity"]
+    tokenizer = train_tokenizer(known * 3, 100)
     assert any(token.startswith("##") for token in tokenizer.encode("unpleural").tokens)
     config = transformers.BertConfig(
-        vocab_size=110,
-        hidden_size=32,
-        num_hidden_layers=5,
-        num_attention_heads=4,
-        intermediate_size=128,
-        max_position_embeddings=40,
-    )
+        vocab_size=110, hidden_size=32, num_hidden_layers=5, num_attention_heads=4,
+        intermediate_size=128, max_position_embeddings=40)
     bert = transformers.BertModel(config).eval()
     bert.save_pretrained(tmp_path)
     if files == "tokenizer.json":
@@ -229,23 +176,19 @@ def test_text_encoder_agrees_with_transformers_bert(tmp_path, files):
     encoder = TextEncoder.from_huggingface(tmp_path)
     texts = ["pleural effusion", "Nodules of the pleura; unpleural."]
     with torch.no_grad():
-        ours = encoder(texts)
-        for text, mine in zip(
-            texts, ours
-        ):  # last four layers, pieces of a word summed, mean over words, sum over layers
+        # the last four layers, a word's pieces summed; mean over the words, sum over the layers
+        for text, feature in zip(texts, encoder(texts)):
             encoding = tokenizer.encode(clean(text))
             n = sum(encoding.attention_mask)
-            states = bert(
-                input_ids=torch.tensor([encoding.ids[:n]]), output_hidden_states=True
-            ).hidden_states[-4:]
+            output = bert(torch.tensor([encoding.ids[:n]]), output_hidden_states=True)
             words = []
             for i, token in enumerate(encoding.tokens[:n]):
-                piece = torch.stack([state[0, i] for state in states])
-                words.append(piece) if not token.startswith("##") else words.append(
-                    words.pop() + piece
-                )
+                piece = torch.stack([state[0, i] for state in output.hidden_states[-4:]])
+                if token.startswith("##"):
+                    piece = words.pop() + piece
+                words.append(piece)
             assert len(words) < n or text == texts[0]
-            assert torch.allclose(mine, torch.stack(words).mean(0).sum(0), atol=1e-4)
+            assert torch.allclose(feature, torch.stack(words).mean(0).sum(0), atol=1e-4)
 
 
 def test_a_folder_that_is_no_bert_is_named(tmp_path):
@@ -260,16 +203,44 @@ def test_what_is_saved_loads_the_same(tmp_path, vision):
     model(volumes(4), TEXTS * 2)  # moves the running statistics
     model.eval()
     model.save_pretrained(tmp_path)
-    assert sorted(file.name for file in tmp_path.iterdir()) == [
-        "config.json",
-        "model.safetensors",
-        "tokenizer.json",
-    ]
+    files = sorted(file.name for file in tmp_path.iterdir())
+    assert files == ["config.json", "model.safetensors", "tokenizer.json"]
     loaded = BrgSA.from_pretrained(tmp_path)
     assert loaded.config == model.config and not loaded.training
     with torch.no_grad():
-        for ours, theirs in zip(loaded(volumes(), TEXTS), model(volumes(), TEXTS)):
-            assert torch.equal(ours, theirs)
+        for after, before in zip(loaded(volumes(), TEXTS), model(volumes(), TEXTS)):
+            assert torch.equal(after, before)
+
+
+def test_a_directory_of_another_version_is_refused_and_one_without_a_version_is_the_first(tmp_path):
+    small().save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(settings | {"version": 2}))
+    with pytest.raises(ValueError, match="config.json: .* of another version"):
+        BrgSA.from_pretrained(tmp_path)
+    del settings["version"]
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    assert BrgSA.from_pretrained(tmp_path).config == SMALL
+
+
+def test_the_example_of_the_docstring_runs(tmp_path, monkeypatch):
+    small("resnet18").save_pretrained(tmp_path / "runs/phantom")
+    monkeypatch.chdir(tmp_path)
+    exec(example("model.py"), {})
+
+
+def test_the_score_is_the_mean_cosine_of_its_pairs():
+    x = {name: torch.randn(n, 6) for name, n in dict(v=3, v_hat=3, t=2, t_hat=2).items()}
+    for pairs in (PAIRS, PAIRS[:2], PAIRS[3:]):
+        cosines = []
+        for pair in pairs:
+            image, text = pair.split("-")
+            cosines.append(F.cosine_similarity(x[image][:, None], x[text][None], dim=-1))
+        expected = torch.stack(cosines).mean(0)
+        assert torch.allclose(zero_shot_scores(*x.values(), pairs), expected, atol=1e-6)
+        images, texts = joint_vectors(*x.values(), pairs)
+        assert torch.allclose(images.norm(dim=1), torch.ones(3))
+        assert texts.shape == (2, 6 * len(pairs))
 
 
 def test_a_damaged_run_directory_is_named(tmp_path):
@@ -278,7 +249,7 @@ def test_a_damaged_run_directory_is_named(tmp_path):
     small().save_pretrained(tmp_path)
     weights = tmp_path / "model.safetensors"
     content = weights.read_bytes()
-    weights.write_bytes(content[: len(content) // 2])
+    weights.write_bytes(content[:len(content) // 2])
     with pytest.raises(ValueError, match="model.safetensors: damaged"):
         BrgSA.from_pretrained(tmp_path)
     weights.unlink()
