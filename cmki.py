@@ -119,10 +119,12 @@ def info_nce(a, b, scale=10.0):
     return (F.cross_entropy(logits, pairs) + F.cross_entropy(logits.mT, pairs)) / 2
 
 
-def alignment_loss(v, t, v_hat, t_hat, alpha=0.5, beta=1.0, gamma=1.0, scale=10.0):
+def alignment_loss(v, t, v_hat, t_hat, alpha=0.25, beta=1.0, gamma=1.0, scale=10.0):
     """BrgSA's training loss of a batch of pairs, each (B, d) -> (total, its parts as tensors).
 
     total = alpha mse + beta info_nce + gamma info_nce_hat; mse = mse(v_hat, v) + mse(t_hat, t).
+    The authors sum the two directions of InfoNCE, where info_nce is their mean: their weights 0.5,
+    1 and 1 are 0.25, 1 and 1 here, at twice the learning rate (which Adam doesn't see).
     """
     parts = {
         "mse": F.mse_loss(v_hat, v) + F.mse_loss(t_hat, t),

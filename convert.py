@@ -142,6 +142,7 @@ def config_of(parts):
         text_width=text_width,
         text_depth=depth_of(text, r"encoder\.layer\.(\d+)"),
         text_heads=text_width // 64,
+        text_mlp=len(text["encoder.layer.0.intermediate.dense.bias"]),
         text_positions=len(positions),
         bank_size=len(bank),
         dim=bank.shape[1],

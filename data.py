@@ -37,7 +37,7 @@ import shutil
 import sys
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import nibabel
@@ -686,33 +686,45 @@ def sentences(text):
     return [part for part in parts if re.search(r"\w", part)]
 
 
+def sentences_as_authors(text):
+    """The authors' sentences, which end at "." or at a number such as "3.", of two or more words.
+    """
+    parts = re.split(r"\d+\.|\.", text)
+    return [f"{part.strip()}." for part in parts if len(re.findall(r"\w+", part)) > 1]
+
+
 class ReportVolumes(torch.utils.data.Dataset):
     """Training pairs, an item per distinct report: (int16 HU (1, x, y, z), text).
 
-    Each key (epoch, item) is a new draw: one of the report's volumes, a random crop of it, and 1 to
-    n_sentences sentences of the text in random order (paper, implementation details). The text is
-    the report's summary where there is one, else the report. The same seed and key give the same
-    draw, so that a resumed run goes on exactly.
+    Each key (epoch, item) is a new draw: one of the report's volumes, a random crop of it, and up
+    to n_sentences sentences of the text in random order (paper, implementation details). The text
+    is the report's summary where there is one, else the report. The same seed and key give the same
+    draw, so that a resumed run goes on exactly. A report without a sentence is left out.
 
-    About every second draw has as many sentences as it may, since these tell most; the others have
-    a random number. Were it always 5 where there are as many, a text's length would tell how ill
-    the patient is, and a prompt, which is one sentence, would look like the healthy.
+    drawing "authors": always as many sentences as there are, up to n_sentences. "varied": so about
+    every second time, since these tell most; else a random number. Were it always 5 where there are
+    as many, a text's length would tell how ill the patient is, and a prompt, which is one sentence,
+    would look like the healthy.
     """
 
-    def __init__(self, rows, cache, summaries=None, crop=None, n_sentences=5, seed=0):
+    def __init__(
+        self, rows, cache, summaries=None, crop=None, n_sentences=5, seed=0, drawing="varied"
+    ):
+        split = sentences_as_authors if drawing == "authors" else sentences
         by_report = {}
         for row in rows:
-            if sentences(row.report):
+            if split(text_of(row, summaries or {})):
                 by_report.setdefault(row.report, []).append(row)
         if not by_report:
             raise ValueError("no row has a report, so there is nothing to train on")
         self.items = []  # (the rows of one report, the sentences of its text)
         for group in by_report.values():
-            self.items.append((group, sentences(text_of(group[0], summaries or {}))))
+            self.items.append((group, split(text_of(group[0], summaries or {}))))
         self.cache = cache
         self.crop = crop
         self.n_sentences = n_sentences
         self.seed = seed
+        self.drawing = drawing
 
     def __len__(self):
         return len(self.items)
@@ -726,8 +738,9 @@ class ReportVolumes(torch.utils.data.Dataset):
         for full, size in zip(volume.shape, self.crop or volume.shape):
             start = random.integers(full - size + 1)
             crop.append(slice(start, start + size))
-        most = min(self.n_sentences, len(text))
-        count = most if random.random() < 0.5 else random.integers(1, most + 1)
+        count = min(self.n_sentences, len(text))
+        if self.drawing == "varied" and random.random() >= 0.5:
+            count = random.integers(1, count + 1)
         order = random.permutation(len(text))[:count]
         text = " ".join(text[i] for i in order)
         return torch.from_numpy(numpy.array(volume[tuple(crop)]))[None], text
@@ -777,6 +790,12 @@ def write_csv(path, lines):
     write_atomically(path, text.getvalue().encode())
 
 
+def sha256_of(path):
+    """Hexadecimal SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def write_atomically(path, content):
     """Write bytes to a temporary name beside path, sync, rename: a killed run leaves old or new."""
     path = Path(path)
@@ -793,6 +812,42 @@ def write_atomically(path, content):
 
 
 # ---- 8. Command line -----------------------------------------------------------------------------
+
+def option(default, help, low=None, high=math.inf, **keywords):
+    """A field of a dataclass of settings, for add_options and check_options.
+
+    A number is to be from low to high; keywords are argparse's.
+    """
+    about = {"help": help, "bounds": (low, high), **keywords}
+    return field(default=default, metadata=about)
+
+
+def add_options(parser, settings):
+    """Give a parser an option for each field of a dataclass; what isn't typed isn't in its result.
+    """
+    for item in fields(settings):
+        about = {key: value for key, value in item.metadata.items() if key != "bounds"}
+        if item.default not in ("", None, False, ()):
+            about["help"] += f" (default {item.default})"
+        if item.type is bool:
+            about["action"] = "store_true"
+        elif item.type is not list:
+            about["type"] = item.type
+        name = item.name.replace("_", "-")
+        parser.add_argument(f"--{name}", default=argparse.SUPPRESS, **about)
+
+
+def check_options(settings):
+    """ValueError where a number of settings is out of its bounds, or a choice isn't one."""
+    for item in fields(settings):
+        value, (low, high) = getattr(settings, item.name), item.metadata["bounds"]
+        choices = item.metadata.get("choices")
+        name = item.name.replace("_", "-")
+        if low is not None and not low <= value <= high:
+            raise ValueError(f"--{name} is {value}; a number from {low} to {high} is needed")
+        if choices and item.type is str and value not in (item.default, *choices):
+            raise ValueError(f"--{name} is '{value}'; it is one of {', '.join(choices)}")
+
 
 def run_command(main):
     """Run a command line's main() -> exit status; bad input is 2 and one line on standard error."""

@@ -11,17 +11,89 @@ import argparse
 import hashlib
 import json
 import math
+import re
 import sys
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
+
+import data
+from data import option
+
+# ---- options (before torch is loaded, so that --help is quick)
+
+BOTH_FORMS = ("v-t", "v_hat-t")  # the paper's pairs
+
+
+@dataclass
+class Options:
+    """The choices of an evaluation, the same in Python and on the command line."""
+    benchmark: str = option(None, "which classes; default: the manifest's", choices=data.BENCHMARKS)
+    prompts: list = option(
+        None, "abnormalities, or one .json ({name: [prompts]}) or .txt (a name a line)", nargs="+")
+    negative: bool = option(False, 'subtract the score of "There is no X"')
+    pairs: list = option(
+        BOTH_FORMS, "the cosines that are averaged", nargs="+",
+        choices=(*BOTH_FORMS, "v-t_hat", "v_hat-t_hat"))
+    threshold: str = option(
+        "split-half", "from the other half of the patients (split-half), from another split's "
+        "scores.csv, a number, or from the very labels that are scored (oracle; flattering)")
+    protocol: str = option(
+        "", "authors: their way, for a table beside theirs: thresholds at the point of the ROC "
+        "curve nearest to (0, 1), which flatters, z-scored ranks, 5,000 resamples of volumes",
+        choices=("authors",))
+    compare: Path = option(None, "another model's scores.csv: DeLong's test")
+    probe: Path = option(
+        None, "a manifest: train a linear classifier on its split train, as a supervised yardstick")
+    summaries: Path = option(
+        None, "summaries.jsonl: the texts for retrieval and the gap, instead of the reports")
+    cache: Path = option(
+        None, "folder of the preprocessed volumes; default: cache, beside the manifest")
+    device: str = option(None, "cpu, cuda or cuda:1; default: cuda where there is one")
+
+
+def parse(argv=None):
+    """The command line's arguments; of Options those that are typed."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("run", nargs="?", type=Path,
+        help="folder of a trained model: config.json, model.safetensors, tokenizer.json")
+    add("--manifest", help="evaluate these volumes")
+    add("--volume", type=Path, help="rank the findings of this one scan (.nii, .nii.gz, .npz)")
+    add("--scores", type=Path,
+        help="evaluate this scores.csv, of any model, with the manifest's labels; needs no run")
+    add("--split", help="the manifest's, or all; default: test or valid where there is one, or all")
+    add("--embed", action="store_true",
+        help="only write the manifest's embeddings to --out, a .safetensors")
+    add("--heatmap", nargs="?", const="default",
+        choices=["default", "similarity", "rollout", "gradcam"],
+        help="with --volume: maps in the scan's own space and a page, in --out; "
+             "default: rollout (ViT), gradcam (CNN)")
+    add("--out", type=Path,
+        help="folder of the results; default: evaluation, in the run (with --volume: none)")
+    add("--json", action="store_true", help="print JSON instead of a table")
+    data.add_options(parser, Options)
+    a = parser.parse_args(argv)
+    one_of_both = bool(a.volume) != bool(a.manifest)
+    has_scores = a.run or a.scores and a.manifest
+    if not one_of_both or not has_scores or a.embed and not (a.manifest and a.out):
+        parser.error(
+            "RUN with --manifest or with --volume, or --scores with --manifest, is needed; "
+            "with --embed also --out"
+        )
+    return a
+
+
+if __name__ == "__main__" and {"-h", "--help"} & {*sys.argv}:
+    parse()
+
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from tqdm import tqdm
 
-import data
 import metrics
 import report
 from heatmap import heatmap, pointing, to_scan, write_heatmap
@@ -30,9 +102,9 @@ from model import (
     BrgSA,
     bank_usage,
     clean,
-    default_device,
     joint_vectors,
     nearest_prompts,
+    pick_device,
     zero_shot_scores,
 )
 
@@ -121,9 +193,14 @@ def score(model, v, prompts, pairs=PAIRS[:2], v_hat=None):
     """Scores (N, C) of volumes v (N, d): mean or max of positive less mean of negative prompts."""
     prompts = prompts.values()
     texts = [text for prompt in prompts for text in prompt["positive"] + prompt["negative"]]
+    for text in texts:
+        if not model.text.clean(text):
+            raise ValueError(f"of the prompt '{text}' this model reads no word; write a sentence")
     t = embed_texts(model, texts)
     v_hat = bridge(model, v) if v_hat is None else v_hat
     cosines = zero_shot_scores(v, v_hat, t, bridge(model, t), pairs).double().numpy()  # (N, P)
+    if not np.isfinite(cosines).all():
+        raise ValueError("the model gives scores that are no finite numbers; its weights are bad")
     by_text = dict(zip(texts, cosines.T))
     columns = []
     for prompt in prompts:
@@ -191,14 +268,17 @@ def _refuse(names, what):
 def describe_scores(scores, labels, classes, patients, threshold="split-half", n=1000, seed=0):
     """All metrics with 95 % intervals (bootstrap over patients), per class and macro, as a dict.
 
-    threshold: "split-half", "oracle", or thresholds (C,). A macro mean is over the classes with
-    both positive and negative cases, whose count stands beside it: over CT-RATE's 18 and over
-    CT-RATE-LT's 15 apart where all classes are among these, else over all.
+    threshold: "split-half", "oracle", thresholds (C,), or "authors" for all that Options.protocol
+    says. A macro mean is over the classes with both positive and negative cases, whose count stands
+    beside it: over CT-RATE's 18 and over CT-RATE-LT's 15 apart where all classes are among these,
+    else over all. The authors' macro interval is the mean of the classes' interval ends.
     """
-    if isinstance(threshold, str) and threshold == "split-half":
-        threshold = metrics.split_half_thresholds(scores, labels, patients)
-    elif isinstance(threshold, str):
-        threshold = metrics.best_thresholds(scores, labels)
+    authors, ranked = isinstance(threshold, str) and threshold == "authors", scores
+    if authors:
+        patients, n = np.arange(len(scores)), 5000
+        ranked = (scores - scores.mean(0)) / np.maximum(scores.std(0), 1e-12)
+    if isinstance(threshold, str):
+        threshold = fitted_thresholds(threshold, scores, labels, patients)
     point = metrics.per_class(scores, labels, threshold)
     samples = metrics.bootstrap(scores, labels, patients, threshold, n, seed)
     lacking = np.isnan(samples["auroc"])  # a resample without one kind of case says nothing
@@ -208,7 +288,8 @@ def describe_scores(scores, labels, classes, patients, threshold="split-half", n
         for key in metrics.METRICS:
             drawn = np.where(lacking, np.nan, samples[key])[:, columns]
             values[key] = metrics.nanmean(point[key][columns]).item()
-            ends[f"{key}_95"] = metrics.interval(metrics.nanmean(drawn)).tolist()
+            interval = metrics.interval(drawn if authors else metrics.nanmean(drawn)[:, None])
+            ends[f"{key}_95"] = metrics.nanmean(interval).tolist()
         return values | ends
 
     out = {"classes": {}, "macro": {}, "top_k": {}}
@@ -226,9 +307,17 @@ def describe_scores(scores, labels, classes, patients, threshold="split-half", n
             out["macro"][name] = {"classes": len(known), "of": len(members)} | describe(known)
     for k in (1, 3, 5, 10):
         if k <= len(classes):
-            recall, precision = metrics.top_k(scores, labels, k)
+            recall, precision = metrics.top_k(ranked, labels, k)
             out["top_k"] |= {f"recall@{k}": recall, f"precision@{k}": precision}
     return out
+
+
+def fitted_thresholds(way, scores, labels, patients):
+    """Thresholds by their name: (C,), or (N, C) where each case has its own."""
+    if way == "split-half":
+        return metrics.split_half_thresholds(scores, labels, patients)
+    fit = metrics.best_thresholds if way == "oracle" else metrics.nearest_thresholds
+    return fit(scores, labels)
 
 
 def both_levels(scores, labels, classes, rows, threshold):
@@ -241,6 +330,20 @@ def both_levels(scores, labels, classes, rows, threshold):
         "volume": describe_scores(scores, labels, classes, patients, threshold),
         "scan": describe_scores(*of_scans, classes, scan_patients, threshold),
     }
+
+
+def thresholds_for(options, manifest, rows, classes):
+    """What describe_scores takes as threshold."""
+    threshold = options.protocol or options.threshold
+    if threshold in ("split-half", "oracle", "authors"):
+        return threshold
+    try:
+        value = float(threshold)
+    except ValueError:
+        return thresholds_from(Path(threshold), manifest, rows, classes)
+    if not math.isfinite(value):
+        raise ValueError(f"--threshold is {value}; a finite number is needed")
+    return np.full(len(classes), value)
 
 
 def thresholds_from(path, manifest, rows, classes):
@@ -310,33 +413,6 @@ def add_probe(result, study, manifest, rows, v, labels):
 
 # ---- a run and a manifest
 
-def option(default, help, **keywords):
-    """A field of Options; help and keywords are argparse's."""
-    return field(default=default, metadata={"help": help, **keywords})
-
-
-@dataclass
-class Options:
-    """The choices of an evaluation, the same in Python and on the command line."""
-    benchmark: str = option(None, "which classes; default: the manifest's", choices=data.BENCHMARKS)
-    prompts: list = option(
-        None, "abnormalities, or one .json ({name: [prompts]}) or .txt (a name a line)", nargs="+")
-    negative: bool = option(False, 'subtract the score of "There is no X"', action="store_true")
-    pairs: list = option(
-        PAIRS[:2], "the cosines that are averaged; default: v-t v_hat-t", nargs="+", choices=PAIRS)
-    threshold: str = option(
-        "split-half", "from the other half of the patients (split-half), from another split's "
-        "scores.csv, or from the very labels that are scored (oracle; flattering)")
-    compare: Path = option(None, "another model's scores.csv: DeLong's test")
-    probe: Path = option(
-        None, "a manifest: train a linear classifier on its split train, as a supervised yardstick")
-    summaries: Path = option(
-        None, "summaries.jsonl: the texts for retrieval and the gap, instead of the reports")
-    cache: Path = option(
-        None, "folder of the preprocessed volumes; default: cache, beside the manifest")
-    device: str = option(None, "default: cuda where there is one, else cpu")
-
-
 def evaluate(run, manifest, split=None, out=None, scores=None, **options):
     """Score a manifest's split zero-shot with the model of a run -> what metrics.json holds.
 
@@ -346,12 +422,13 @@ def evaluate(run, manifest, split=None, out=None, scores=None, **options):
     reconstructions) each hold the metrics of the classes and the macro means.
     """
     options = Options(**options)
+    data.check_options(options)
     rows, split = select_rows(manifest, split)
     out = Path(out or Path(run or Path(scores).parent) / "evaluation")
     result = {
         "run": str(run or scores),
         "manifest": str(manifest),
-        "manifest_sha256": sha256_of(manifest),
+        "manifest_sha256": data.sha256_of(manifest),
         "split": split,
         "benchmark": options.benchmark,
     }
@@ -368,18 +445,17 @@ def evaluate(run, manifest, split=None, out=None, scores=None, **options):
         result |= study.describe(rows, v, options.summaries)
 
     # from scores to metrics
-    benchmark, threshold = data.BENCHMARKS.get(options.benchmark), options.threshold
+    benchmark = data.BENCHMARKS.get(options.benchmark)
     values, labels, classes = join(read_scores(scores), rows, benchmark, scores)
     result |= {
         "volumes": len(rows),
         "scans": len({row.scan for row in rows}),
         "patients": len({row.patient for row in rows}),
         "skipped": skipped,
-        "threshold": str(threshold),
+        "threshold": str(options.protocol or options.threshold),
     }
     if (~np.isnan(labels)).any():
-        if threshold not in ("split-half", "oracle"):
-            threshold = thresholds_from(threshold, manifest, rows, classes)
+        threshold = thresholds_for(options, manifest, rows, classes)
         result |= both_levels(values, labels, classes, rows, threshold)
         if options.probe and study:
             add_probe(result, study, options.probe, rows, v, labels)
@@ -406,18 +482,12 @@ def prompts_for(options, rows=()):
 
 def select_rows(manifest, split=None):
     """A manifest's rows of a split, and its name; by default "test" or "valid", else all rows."""
-    rows = data.read_manifest(manifest, split)
+    rows = data.read_manifest(manifest, None if split == "all" else split)
     for name in () if split else ("test", "valid"):
         chosen = [row for row in rows if row.split == name]
         if chosen:
             return chosen, name
     return rows, split or "all"
-
-
-def sha256_of(path):
-    """Hexadecimal SHA-256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def to_json(value):
@@ -432,8 +502,8 @@ class Study:
     def __init__(self, run, manifest, cache, device, pairs, prompts):
         self.run, self.manifest = Path(run), Path(manifest)
         self.pairs, self.prompts = pairs, prompts
-        self.model = BrgSA.from_pretrained(run).to(device or default_device())
-        self.weights = sha256_of(self.run / "model.safetensors")
+        self.model = BrgSA.from_pretrained(run).to(pick_device(device))
+        self.weights = data.sha256_of(self.run / "model.safetensors")
         folder = cache or self.manifest.parent / "cache"
         self.cache = data.Cache.for_config(folder, self.model.config)
 
@@ -493,7 +563,7 @@ class Study:
             out["retrieval"] = {"volume_to_volume": precision}
         summaries = data.read_summaries(summaries) if summaries else {}
         texts = [data.text_of(row, summaries) for row in rows]
-        with_text = [i for i, text in enumerate(texts) if clean(text)]
+        with_text = [i for i, text in enumerate(texts) if self.model.text.clean(text)]
         texts = [texts[i] for i in with_text]
         if len(set(texts)) < 2:
             return out
@@ -544,7 +614,7 @@ def evaluate_volume(run, path, out=None, method=None, **options):
     in the scan's own space. options: prompts, negative, pairs and device of Options.
     """
     options = Options(**options)
-    model = BrgSA.from_pretrained(run).to(options.device or default_device())
+    model = BrgSA.from_pretrained(run).to(pick_device(options.device))
     prompts = prompts_for(options)
     config, volume = model.config, data.read_volume(path)
     hu = data.preprocess(volume.hu, volume.spacing, config.spacing, config.shape, config.hu_range)
@@ -601,50 +671,19 @@ def embed(run, manifest, out, split=None, cache=None, device=None):
     return len(rows)
 
 
-def parse(argv):
-    """The command line's arguments; those of Options among them."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("run", nargs="?", type=Path,
-        help="folder of a trained model: config.json, model.safetensors, tokenizer.json")
-    add("--manifest", help="evaluate these volumes")
-    add("--volume", type=Path, help="rank the findings of this one scan (.nii, .nii.gz, .npz)")
-    add("--scores", type=Path,
-        help="evaluate this scores.csv, of any model, with the manifest's labels; needs no run")
-    add("--split", help="the manifest's; default: test or valid where there is one, else all")
-    add("--embed", action="store_true",
-        help="only write the manifest's embeddings to --out, a .safetensors")
-    add("--heatmap", nargs="?", const="default",
-        choices=["default", "similarity", "rollout", "gradcam"],
-        help="with --volume: maps in the scan's own space and a page, in --out; "
-             "default: rollout (ViT), gradcam (CNN)")
-    add("--out", type=Path,
-        help="folder of the results; default: evaluation, in the run (with --volume: none)")
-    add("--json", action="store_true", help="print JSON instead of a table")
-    for item in fields(Options):
-        add(f"--{item.name}", default=item.default, **item.metadata)
-    a = parser.parse_args(argv)
-    one_of_both = bool(a.volume) != bool(a.manifest)
-    has_scores = a.run or a.scores and a.manifest
-    if not one_of_both or not has_scores or a.embed and not (a.manifest and a.out):
-        parser.error(
-            "RUN with --manifest or with --volume, or --scores with --manifest, is needed; "
-            "with --embed also --out"
-        )
-    return a
-
-
 def main(argv=None):
     a = parse(argv)
-    options = {item.name: getattr(a, item.name) for item in fields(Options)}
+    names = {item.name for item in fields(Options)}
+    options = {name: value for name, value in vars(a).items() if name in names}
     if a.embed:
-        count = embed(a.run, a.manifest, a.out, a.split, a.cache, a.device)
+        place = {name: options.get(name) for name in ("cache", "device")}
+        count = embed(a.run, a.manifest, a.out, a.split, **place)
         print(f"{a.out}: embeddings of {count} volumes")
         return 0
     folder = (a.run or a.scores.parent) / "evaluation"
     if a.volume:
-        out = a.out or (folder / a.volume.name.split(".")[0] if a.heatmap else None)
+        name = re.sub(r"(?i)\.(nii(\.gz)?|npz)$", "", a.volume.name)
+        out = a.out or (folder / name if a.heatmap else None)
         method = None if a.heatmap == "default" else a.heatmap
         result = evaluate_volume(a.run, a.volume, out, method, **options)
         table, written = report.volume_table(result), " and heat maps"

@@ -303,15 +303,33 @@ def best_thresholds(scores, labels):
     return np.array([_youden(s, y) for s, y in zip(scores.T, labels.T)])
 
 
+def nearest_thresholds(scores, labels):
+    """The threshold of each class whose point of the ROC curve is nearest to (0, 1), as (N, C) ->
+    (C,): the authors' choice, of equal ones the highest. NaN without both kinds of case."""
+    return np.array([_nearest(s, y) for s, y in zip(scores.T, labels.T)])
+
+
 def _youden(scores, labels):
+    cuts, specificity, missed = _cuts(scores, labels)
+    return cuts[np.argmax(specificity - missed)]
+
+
+def _nearest(scores, labels):
+    cuts, specificity, missed = _cuts(scores, labels)
+    distance = np.hypot(1 - specificity, missed)[::-1]
+    return cuts[::-1][np.argmin(distance)]
+
+
+def _cuts(scores, labels):
+    """The thresholds (T,) that matter to a class; at each the specificity and the miss rate."""
     positive, negative = np.sort(scores[labels == 1]), np.sort(scores[labels == 0])
     if not len(positive) or not len(negative):
-        return np.nan
+        return np.full((3, 1), np.nan)
     levels = np.unique(np.append(positive, negative))
     cuts = np.append(levels[0] - 1e-6, (levels[:-1] + levels[1:]) / 2)
     specificity = np.searchsorted(negative, cuts, "right") / len(negative)
     missed = np.searchsorted(positive, cuts, "right") / len(positive)
-    return cuts[np.argmax(specificity - missed)]
+    return cuts, specificity, missed
 
 
 def split_half_thresholds(scores, labels, groups, seed=0):

@@ -19,11 +19,13 @@ Example:
     assert scores.shape == (2, 2)
 """
 import json
+import math
 import os
 import re
 import sys
 from collections import Counter
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -60,16 +62,67 @@ class Config:
     text_depth: int = 12
     text_heads: int = 12
     text_positions: int = 512
+    text_mlp: int = 3072
     text_length: int = 97               # longer texts are cut to as many tokens
+    text_eps: float = 1e-12             # of the text encoder's layer norms
+    text_activation: str = "gelu"
+    text_dropout: float = 0.1           # in training
+    text_cleaning: str = "authors"      # see clean
+    text_pooling: str = "padded"        # the words' sum over text_length, or over their number
     dim: int = 768                      # of the joint space and of the bank
     bank_size: int = 2048
     bank_init: str = "orthogonal"
     scale: float = 10.0                 # of InfoNCE's logits, the inverse temperature
     learn_scale: bool = False
     trained_on: str = ""                # "phantom" where it has seen no patient
-    version: int = 1                    # of this file's layout
+    version: int = 2                    # of this file's layout
+
+    def __post_init__(self):
+        """ValueError where a setting's value has no meaning."""
+        for item in fields(self):
+            value, kind = getattr(self, item.name), item.type
+            right = type(value) is kind or kind is float and type(value) is int
+            if kind in (int, float):
+                right = right and 0 <= value < math.inf
+            elif item.name in CHOICES:
+                right = value in CHOICES[item.name]
+            _require(right, item.name, value)
+        for name in ("spacing", "shape", "crop", "patch"):
+            value = getattr(self, name)
+            _require(len(value) == 3 and all(0 < size < math.inf for size in value), name, value)
+        _require(self.version == Config.version, "version", self.version)
+        for name in SIZES:
+            _require(getattr(self, name) > 0, name, getattr(self, name))
+        for window in (self.hu_range, *self.windows):
+            _require(len(window) == 2 and window[0] < window[1], "hu_range or windows", window)
+        for part in ("vit", "text"):
+            width, heads = getattr(self, f"{part}_width"), getattr(self, f"{part}_heads")
+            _require(width % heads == 0, f"{part}_width", f"{width}, not a multiple of {heads}")
 
 
+def _require(right, name, value):
+    if not right:
+        raise ValueError(f"{name} can't be {value!r}")
+
+
+ACTIVATIONS = {
+    "gelu": F.gelu, "gelu_new": partial(F.gelu, approximate="tanh"), "relu": F.relu, "silu": F.silu,
+}
+CHOICES = {
+    "vision": ("vit", "resnet18", "resnet34"),
+    "bank_init": ("orthogonal", "gaussian", "xavier", "uniform", "kmeans"),
+    "text_activation": ACTIVATIONS,
+    "text_cleaning": ("authors", "plain"),
+    "text_pooling": ("padded", "mean"),
+}
+# Numbers that must be more than 0.
+SIZES = (
+    "std", "vit_width", "vit_depth", "vit_heads", "resnet_width", "vocabulary", "text_width",
+    "text_depth", "text_heads", "text_positions", "text_mlp", "text_length", "dim", "bank_size",
+    "scale",
+)
+# What a config.json of version 1 meant without saying so.
+VERSION_1 = {"text_cleaning": "plain", "text_pooling": "mean", "text_dropout": 0.0}
 DEEP_LUNG, LUNG, SOFT_TISSUE, BONE = (-1000, -700), (-1000, -100), (-160, 240), (100, 900)
 PRESETS = {
     "base": {},
@@ -79,6 +132,7 @@ PRESETS = {
         vision="resnet18", resnet_width=16,
         patch=(8, 8, 8), vit_width=96, vit_depth=4, vit_heads=4,
         vocabulary=2048, text_width=128, text_depth=2, text_heads=4, text_positions=128,
+        text_mlp=512, text_dropout=0.0, text_cleaning="plain", text_pooling="mean",
         dim=128, bank_size=256,
     ),
 }
@@ -89,9 +143,9 @@ PRESETS = {
 class Attention(nn.Module):
     """Multi-head self-attention over (B, N, C)."""
 
-    def __init__(self, width, heads):
+    def __init__(self, width, heads, dropout=0.0):
         super().__init__()
-        self.heads = heads
+        self.heads, self.dropout = heads, dropout
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
@@ -99,39 +153,46 @@ class Attention(nn.Module):
         B, N, C = x.shape
         qkv = self.qkv(x).view(B, N, 3, self.heads, C // self.heads)
         qkv = qkv.permute(2, 0, 3, 1, 4)                           # three (B, heads, N, C / heads)
-        x = F.scaled_dot_product_attention(*qkv, mask)
+        dropout = self.dropout if self.training else 0.0
+        x = F.scaled_dot_product_attention(*qkv, mask, dropout)
         return self.proj(x.transpose(1, 2).reshape(B, N, C))
 
 
 class MLP(nn.Module):
-    """Two layers with a GELU between them: (..., C) -> (..., C)."""
+    """Two layers with an activation between them: (..., C) -> (..., C)."""
 
-    def __init__(self, width):
+    def __init__(self, width, inner, activation=F.gelu):
         super().__init__()
-        self.fc1 = nn.Linear(width, 4 * width)
-        self.fc2 = nn.Linear(4 * width, width)
+        self.fc1 = nn.Linear(width, inner)
+        self.fc2 = nn.Linear(inner, width)
+        self.activation = activation
 
     def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x)))
+        return self.fc2(self.activation(self.fc1(x)))
 
 
 class Block(nn.Module):
-    """A transformer block; pre-norm as in ViT, or post-norm as in BERT."""
+    """A transformer block of ViT (pre-norm)."""
 
-    def __init__(self, width, heads, eps, post_norm=False):
+    def __init__(self, width, heads, inner, eps=1e-6, dropout=0.0, activation=F.gelu):
         super().__init__()
-        self.post_norm = post_norm
         self.norm1 = nn.LayerNorm(width, eps)
-        self.attn = Attention(width, heads)
+        self.attn = Attention(width, heads, dropout)
         self.norm2 = nn.LayerNorm(width, eps)
-        self.mlp = MLP(width)
+        self.mlp = MLP(width, inner, activation)
+        self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x, mask=None):
-        if self.post_norm:
-            x = self.norm1(x + self.attn(x, mask))
-            return self.norm2(x + self.mlp(x))
-        x = x + self.attn(self.norm1(x), mask)
+    def forward(self, x):
+        x = x + self.attn(self.norm1(x))
         return x + self.mlp(self.norm2(x))
+
+
+class TextBlock(Block):
+    """A transformer block of BERT (post-norm)."""
+
+    def forward(self, x, mask):
+        x = self.norm1(x + self.dropout(self.attn(x, mask)))
+        return self.norm2(x + self.dropout(self.mlp(x)))
 
 
 def _initialise(module):
@@ -174,7 +235,7 @@ class ViT3D(nn.Module):
         self.cls_token = nn.Parameter(torch.randn(1, 1, width) * 0.02)
         positions = sincos_position_embedding(self.base_grid, width)
         self.pos_embed = nn.Parameter(F.pad(positions, (0, 0, 1, 0))[None])       # (1, 1 + N, C)
-        self.blocks = nn.ModuleList(Block(width, heads, 1e-6) for _ in range(depth))
+        self.blocks = nn.ModuleList(Block(width, heads, 4 * width) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
         self.apply(_initialise)
 
@@ -272,9 +333,21 @@ class ResNet3D(nn.Module):
 
 # ---- 3. The text encoder -------------------------------------------------------------------------
 
-def clean(text):
-    """Lower case, letters and digits only, as the authors treat every text."""
-    return " ".join(re.sub(r"[\W_]+", " ", text.lower()).split())
+def clean(text, cleaning="plain"):
+    """A text in lower case, its words alone.
+
+    "plain": words are runs of letters and digits. "authors": runs of letters, digits and _, in
+    which what isn't ASCII is dropped; sentences, which end at "." or at a number such as "3.", are
+    left out where they are a single word.
+    """
+    if cleaning == "plain":
+        return " ".join(re.sub(r"[\W_]+", " ", text.lower()).split())
+    words = []
+    for sentence in re.split(r"\d+\.|\.", text):
+        own = re.findall(r"\w+", sentence.lower())
+        if len(own) > 1:
+            words += own
+    return " ".join(" ".join(words).encode("ascii", "ignore").decode().split())
 
 
 def train_tokenizer(texts, vocabulary):
@@ -309,24 +382,26 @@ def _wordpiece(pieces):
 class TextEncoder(nn.Module):
     """BERT with the authors' pooling: list of str -> (B, C).
 
-    Hidden states of the last four layers are summed; so are the pieces of a word; the mean over the
-    words is the text's feature. Without a tokenizer it spells words by letters.
+    Hidden states of the last four layers are summed, over the pieces and words, too. The text's
+    feature is that sum over config.text_length, to which the authors pad all texts (text_pooling
+    "padded"), or over the number of words ("mean"). Without a tokenizer it spells by letters.
     """
 
-    def __init__(
-        self, tokenizer=None, vocabulary=30522, width=768, depth=12, heads=12, positions=512,
-        length=97,
-    ):
+    def __init__(self, config=None, tokenizer=None):
         super().__init__()
-        self.width, self.length = width, min(length, positions)
-        self.word_embeddings = nn.Embedding(vocabulary, width)
-        self.position_embeddings = nn.Embedding(positions, width)
-        self.type_embedding = nn.Parameter(torch.zeros(width))  # BERT's token type 0, the only one
-        self.norm = nn.LayerNorm(width, 1e-12)
-        blocks = (Block(width, heads, 1e-12, post_norm=True) for _ in range(depth))
-        self.blocks = nn.ModuleList(blocks)
+        self.config = c = config or Config()
+        self.word_embeddings = nn.Embedding(c.vocabulary, c.text_width)
+        self.position_embeddings = nn.Embedding(c.text_positions, c.text_width)
+        self.type_embedding = nn.Parameter(torch.zeros(c.text_width))  # BERT's token type 0
+        self.norm = nn.LayerNorm(c.text_width, c.text_eps)
+        self.dropout = nn.Dropout(c.text_dropout)
+        self.blocks = nn.ModuleList()
+        for _ in range(c.text_depth):
+            self.blocks.append(TextBlock(
+                c.text_width, c.text_heads, c.text_mlp, c.text_eps, c.text_dropout,
+                ACTIVATIONS[c.text_activation]))
         self.apply(_initialise)
-        self.set_tokenizer(tokenizer or train_tokenizer([], vocabulary))
+        self.set_tokenizer(tokenizer or train_tokenizer([], c.vocabulary))
 
     def set_tokenizer(self, tokenizer):
         """Use this tokenizers.Tokenizer; ValueError where it's no BERT's or has too many pieces."""
@@ -336,7 +411,7 @@ class TextEncoder(nn.Module):
         n_pieces = max(numbers.values()) + 1
         if n_pieces > rows:
             raise ValueError(f"the tokenizer has {n_pieces} pieces, the text encoder {rows}")
-        tokenizer.enable_truncation(self.length)
+        tokenizer.enable_truncation(min(self.config.text_length, self.config.text_positions))
         tokenizer.enable_padding(pad_id=numbers["[PAD]"])
         self.tokenizer = tokenizer
         starts_word = torch.ones(rows)
@@ -344,41 +419,60 @@ class TextEncoder(nn.Module):
         self.register_buffer("starts_word", starts_word, persistent=False)
 
     def forward(self, texts):
-        encodings = self.tokenizer.encode_batch([clean(text) for text in texts])
+        encodings = self.tokenizer.encode_batch(list(map(self.clean, texts)))
         pairs = [(encoding.ids, encoding.attention_mask) for encoding in encodings]
         pairs = torch.tensor(pairs, device=self.type_embedding.device)
         tokens, mask = pairs.unbind(1)                                          # each (B, T)
         layers = self.hidden_states(tokens, mask)[-4:]
-        n_words = (self.starts_word[tokens] * mask).sum(1, keepdim=True)
-        return (sum(layers) * mask[..., None]).sum(1) / n_words                           # (B, C)
+        count = self.config.text_length
+        if self.config.text_pooling == "mean":
+            count = (self.starts_word[tokens] * mask).sum(1, keepdim=True)                # (B, 1)
+        return (sum(layers) * mask[..., None]).sum(1) / count                             # (B, C)
+
+    def clean(self, text):
+        """A text as this encoder reads it."""
+        return clean(text, self.config.text_cleaning)
 
     def hidden_states(self, tokens, mask):
         """BERT's hidden states, the embedding's first: tokens, mask (B, T) -> [(B, T, C), ...]."""
         positions = self.position_embeddings.weight[:tokens.shape[1]]
         x = self.word_embeddings(tokens) + positions + self.type_embedding
-        states = [self.norm(x)]
+        states = [self.dropout(self.norm(x))]
         for block in self.blocks:
             states.append(block(states[-1], mask[:, None, None].bool()))
         return states
 
     @classmethod
     def from_huggingface(cls, directory):
-        """Load a BERT saved by transformers: config.json, model.safetensors, tokenizer or vocab."""
+        """Load a BERT saved by transformers: config.json, model.safetensors, tokenizer or vocab.
+
+        ValueError names the file that is missing or damaged, or a setting that isn't supported.
+        """
         path = Path(directory) / "config.json"
-        config = _read_json(path)
-        kind, depth = config.get("model_type"), config.get("num_hidden_layers")
-        if kind != "bert":
-            raise ValueError(f"{path}: model_type is {kind!r}, a BERT is needed")
-        weights = _read_weights(directory)
+        raw = _read_json(path)
+        for key, only in (("model_type", "bert"), ("position_embedding_type", "absolute")):
+            if raw.get(key, only) != only or "model_type" not in raw:
+                raise ValueError(f"{path}: {key} is {raw.get(key)!r}; {only!r} is needed")
+        settings = {own: raw[key] for key, own in BERT_CONFIG.items() if key in raw}
+        config = _config(settings, path)
+        weights = _read_weights(directory, config.text_depth)
         weights = {name.removeprefix("bert."): tensor for name, tensor in weights.items()}
-        encoder = cls(
-            read_tokenizer(directory), config["vocab_size"], config["hidden_size"], depth,
-            config["num_attention_heads"], config["max_position_embeddings"],
-        )
-        encoder.load_state_dict(from_bert(weights, depth, directory))
-        return encoder
+        state = from_bert(weights, config.text_depth, directory)
+        return _loaded(cls, config, read_tokenizer(directory), state, directory).eval()
 
 
+# Hugging Face's name of a setting -> ours; both have the same defaults.
+BERT_CONFIG = {
+    "vocab_size": "vocabulary",
+    "hidden_size": "text_width",
+    "num_hidden_layers": "text_depth",
+    "num_attention_heads": "text_heads",
+    "intermediate_size": "text_mlp",
+    "hidden_act": "text_activation",
+    "hidden_dropout_prob": "text_dropout",
+    "max_position_embeddings": "text_positions",
+    "layer_norm_eps": "text_eps",
+}
 # Name in a block -> Hugging Face's in a layer; several matrices there are one here.
 BERT_LAYER = {
     "attn.qkv": "attention.self.query attention.self.key attention.self.value",
@@ -392,6 +486,10 @@ BERT_LAYER = {
 
 def from_bert(weights, depth, where):
     """A Hugging Face BertModel's weights, renamed to TextEncoder's; ValueError names `where`."""
+    for old, new in (("gamma", "weight"), ("beta", "bias")):  # BERT's first names
+        ending = f"LayerNorm.{old}"
+        for name in [name for name in weights if name.endswith(ending)]:
+            weights[name.removesuffix(old) + new] = weights.pop(name)
     tables = {"norm": ["embeddings.LayerNorm"]}
     for i in range(depth):
         for name, parts in BERT_LAYER.items():
@@ -424,14 +522,9 @@ class BrgSA(nn.Module):
                 config.crop, config.patch, config.vit_width, config.vit_depth, config.vit_heads,
                 channels,
             )
-        elif config.vision in ("resnet18", "resnet34"):
-            self.vision = ResNet3D(int(config.vision[6:]), config.resnet_width, channels)
         else:
-            raise ValueError(f"vision is '{config.vision}'; vit, resnet18 or resnet34 is needed")
-        self.text = TextEncoder(
-            tokenizer, config.vocabulary, config.text_width, config.text_depth, config.text_heads,
-            config.text_positions, config.text_length,
-        )
+            self.vision = ResNet3D(int(config.vision[6:]), config.resnet_width, channels)
+        self.text = TextEncoder(config, tokenizer)
         self.vision_projection = nn.Linear(self.vision.width, config.dim)
         self.text_projection = nn.Linear(config.text_width, config.dim)
         self.bank = KnowledgeBank(config.bank_size, config.dim, config.bank_init)
@@ -497,18 +590,14 @@ class BrgSA(nn.Module):
         """Load what save_pretrained wrote, to evaluate; ValueError names the file that is wrong."""
         path = Path(directory) / "config.json"
         settings = _read_json(path)
-        unknown = settings.keys() - {field.name for field in fields(Config)}
-        if unknown or settings.get("version", 1) != Config.version:
-            names = ", ".join(sorted(unknown)) or "of another version"
-            raise ValueError(f"{path}: unknown settings {names}; not a BrgSA of this version")
-        config = Config(**{name: _as_tuples(value) for name, value in settings.items()})
-        model, weights = cls(config, read_tokenizer(directory)), _read_weights(directory)
-        try:
-            model.load_state_dict(weights)
-        except RuntimeError as error:
-            reason = str(error).splitlines()[1].strip()
-            path = path.with_name("model.safetensors")
-            raise ValueError(f"{path}: doesn't fit config.json: {reason}") from None
+        if settings.get("version", 1) == 1:  # where these were no settings yet
+            settings |= VERSION_1 | {"text_mlp": 4 * settings.get("text_width", 768), "version": 2}
+        config = _config(settings, path)
+        depth = max(config.text_depth, config.vit_depth * (config.vision == "vit"))
+        weights = _read_weights(directory, depth)
+        model = _loaded(cls, config, read_tokenizer(directory), weights, directory)
+        if config.vision != "vit":
+            model.vision.to(memory_format=torch.channels_last_3d)  # which files don't keep
         return model.eval()
 
 
@@ -543,9 +632,18 @@ def joint_vectors(v, v_hat, t, t_hat, pairs=PAIRS[:2]):
     return images, torch.cat([unit[text] for _, text in sides], -1)
 
 
-def default_device():
-    """cuda where there is one, else cpu."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
+def pick_device(name=None, rank=None):
+    """The name of a device of this machine: cuda (of a rank, its own) where there is one, else cpu.
+
+    ValueError where there is none of this name.
+    """
+    names = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    name = name or ("cuda" if len(names) > 1 else "cpu")
+    if name == "cuda":
+        name = f"cuda:{rank or 0}"
+    if name not in names:
+        raise ValueError(f"there is no device '{name}' here; there is {', '.join(names)}")
+    return name
 
 
 # ---- 6. Files ------------------------------------------------------------------------------------
@@ -582,27 +680,65 @@ def _as_tuples(value):
 
 
 def _read_json(path):
+    """The object in a JSON file, as a dict."""
     try:
-        return json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except FileNotFoundError:
         raise ValueError(
             f"{path}: no such file; a folder with config.json, model.safetensors and "
             "tokenizer.json is needed"
         ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: holds a {type(content).__name__}, not an object of settings")
+    return content
 
 
-def _read_weights(directory):
+def _config(settings, path):
+    """The Config of settings from a file, which an error names."""
+    try:
+        return Config(**{name: _as_tuples(value) for name, value in settings.items()})
+    except (ValueError, TypeError) as error:  # a value that can't be, a name that isn't known
+        raise ValueError(f"{path}: {str(error).removeprefix('Config.__init__() ')}") from None
+
+
+def _read_weights(directory, depth):
+    """model.safetensors' tensors; ValueError where one isn't finite, or fewer than `depth`."""
     path = Path(directory) / "model.safetensors"
     try:
-        return load_file(path)
+        weights = load_file(path)
     except FileNotFoundError:
         raise ValueError(
-            f"{path}: no such file; has the training been run to its first checkpoint?"
+            f"{path}: no such file; has the training been run to its first checkpoint? "
+            "(Weights of others must be safetensors.)"
         ) from None
     except SafetensorError as error:
         raise ValueError(f"{path}: damaged ({error})") from None
+    if len(weights) < depth:
+        raise ValueError(f"{path}: {len(weights)} tensors don't make config.json's {depth} layers")
+    for name, weight in weights.items():
+        if weight.is_floating_point():
+            weights[name] = weight.float()
+            if not weight.isfinite().all():
+                raise ValueError(f"{path}: tensor {name} holds NaN or infinite values")
+    return weights
+
+
+def _loaded(kind, config, tokenizer, weights, directory):
+    """A BrgSA or TextEncoder with these weights; nothing is allocated before they are seen to fit.
+    """
+    try:
+        with torch.device("meta"):
+            model = kind(config, tokenizer)
+        model.load_state_dict(weights, assign=True)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip()
+        path = Path(directory) / "model.safetensors"
+        raise ValueError(f"{path}: doesn't fit config.json: {reason}") from None
+    text = model.text if kind is BrgSA else model
+    text.set_tokenizer(tokenizer)  # with tensors that have values
+    return model
 
 
 if __name__ == "__main__":

@@ -258,14 +258,18 @@ def _diagnosis(result):
     sources = {
         "split-half": "the other half of the patients",
         "oracle": "the very labels that are scored, which flatters",
+        "authors": "the very labels that are scored, as the authors choose them",
     }
+    resamples = "5,000 resamples of volumes"
+    if threshold != "authors":
+        resamples = "1,000 resamples of patients"
     probe = "; orange: a linear classifier trained on the labels of other patients"
     top = result["scan"]["top_k"]
     line = ["of a scan's highest classes", *map(_percent, top.values())]
     return (
         f"<h2>Zero-shot diagnosis</h2>{metrics_table(result)}"
-        "<p class=soft>In per cent, per volume. Bars: AUROC with its 95 % interval over 1,000 "
-        f"resamples of patients{probe if 'probe' in result else ''}. "
+        "<p class=soft>In per cent, per volume. Bars: AUROC with its 95 % interval over "
+        f"{resamples}{probe if 'probe' in result else ''}. "
         f"Thresholds come from {sources.get(threshold, escape(threshold))}. "
         "A class that lacks positive or negative cases has no AUROC and is left out of the mean."
         f"</p>{html_table(['per scan', *top], [line])}"

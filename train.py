@@ -17,114 +17,68 @@ import hashlib
 import json
 import math
 import os
-import re
 import signal
 import sys
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 
 import numpy
-import torch
-import torch.distributed as dist
-from matplotlib.figure import Figure
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
-from tqdm import tqdm
 
 import data
-import evaluate
 import phantom
-import summarize
-from cmki import alignment_loss, kmeans
-from metrics import auroc
-from model import (
-    PAIRS,
-    PRESETS,
-    BrgSA,
-    Config,
-    TextEncoder,
-    default_device,
-    read_tokenizer,
-    train_tokenizer,
-    zero_shot_scores,
-)
-from report import evaluation_table
+from data import option
 
-# ---- 1. Settings ---------------------------------------------------------------------------------
+# ---- 1. Settings (before torch is loaded, so that --help is quick) -------------------------------
 
-ON_GPU = torch.cuda.is_available()
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # of torchrun
 
 
 @dataclass
 class Settings:
-    """A training run; the defaults are the authors' (Adam, 39 epochs of batch 64).
-
-    Each is an option of the command line, whose help is read from here:
-
-    manifest: manifest.csv; without one the phantom is written and used
-    summaries: summaries.jsonl of the manifest's reports; none: the raw reports
-    preset: phantom or base; default: phantom without a manifest, else base
-    out: the run's folder; default: runs/PRESET
-    resume: go on with the run in --out, by its own settings, or begin it
-    vision: vit, resnet18 or resnet34; default: the preset's
-    text_checkpoint: a Hugging Face BERT to start the text encoder from
-    cache: folder of prepared volumes; default: cache beside the manifest
-    epochs: passes over the distinct reports
-    batch: pairs in a batch, over all GPUs; each is the others' negative
-    accumulate: batches in an optimiser step
-    optimizer: adam, adamw or muon (AdamW, but Muon for the vision encoder's inner matrices)
-    lr: learning rate at its highest
-    text_lr: the text encoder's learning rate, as a share of lr
-    beta1: Adam's first
-    beta2: Adam's second
-    weight_decay: of matrices; not of biases and norms
-    schedule: plateau (halved if the held-out loss hasn't fallen for 5 epochs) or cosine
-    warmup: steps of linear warm-up
-    clip: largest gradient norm
-    alpha: weight of the reconstruction MSE
-    beta: weight of InfoNCE(v, t)
-    gamma: weight of InfoNCE(v_hat, t_hat)
-    learn_scale: learn InfoNCE's scale, else it stays 10
-    bank_init: how the bank begins: orthogonal, gaussian, xavier, uniform, kmeans of embeddings
-    bank_frozen: keep the bank as it begins
-    holdout: share of the patients held back, to choose the best model by
-    seed: of everything random
-    workers: processes that load volumes
-    device: cuda or cpu
-    """
-    manifest: str = ""
-    summaries: str = ""
-    preset: str = ""
-    out: str = ""
-    resume: bool = False
-    vision: str = ""
-    text_checkpoint: str = ""
-    cache: str = ""
-    epochs: int = 39
-    batch: int = 64
-    accumulate: int = 1
-    optimizer: str = "adam"
-    lr: float = 5e-5
-    text_lr: float = 1.0
-    beta1: float = 0.5
-    beta2: float = 0.999
-    weight_decay: float = 1e-6
-    schedule: str = "plateau"
-    warmup: int = 0
-    clip: float = 0.25
-    alpha: float = 0.5
-    beta: float = 1.0
-    gamma: float = 1.0
-    learn_scale: bool = False
-    bank_init: str = "orthogonal"
-    bank_frozen: bool = False
-    holdout: float = 0.05
-    seed: int = 0
-    workers: int = min(8, os.cpu_count()) if ON_GPU else 0
-    device: str = default_device()
+    """A training run; the defaults are the authors' (Adam, 39 epochs of batch 64)."""
+    manifest: str = option("", "manifest.csv; without one the phantom is written and used")
+    summaries: str = option("", "summaries.jsonl of the manifest's reports; none: the raw reports")
+    preset: str = option("", "phantom or base; default: phantom without a manifest, else base")
+    out: str = option("", "the run's folder; default: runs/PRESET")
+    resume: bool = option(False, "go on with the run in --out, by its own settings, or begin it")
+    vision: str = option("", "vit, resnet18 or resnet34; default: the preset's")
+    text_checkpoint: str = option("", "a Hugging Face BERT to start the text encoder from")
+    cache: str = option("", "folder of prepared volumes; default: cache beside the manifest")
+    epochs: int = option(39, "passes over the distinct reports", 1)
+    batch: int = option(64, "pairs in a batch, over all GPUs; each is the others' negative", 2)
+    accumulate: int = option(1, "batches in an optimiser step", 1)
+    optimizer: str = option(
+        "adam", "muon: AdamW, but Muon for the vision encoder's inner matrices",
+        choices=("adam", "adamw", "muon"))
+    lr: float = option(5e-5, "learning rate at its highest", 0, 1)
+    text_lr: float = option(1.0, "the text encoder's learning rate, as a share of lr", 0, 100)
+    beta1: float = option(0.5, "Adam's first", 0, 0.9999)
+    beta2: float = option(0.999, "Adam's second", 0, 0.999999)
+    weight_decay: float = option(1e-6, "of matrices; not of biases and norms", 0, 10)
+    schedule: str = option(
+        "plateau", "plateau: halved if the held-out loss hasn't fallen for 5 epochs",
+        choices=("plateau", "cosine"))
+    warmup: int = option(0, "steps of linear warm-up", 0)
+    clip: float = option(0.25, "largest gradient norm", 1e-6, 1e6)
+    drawing: str = option(
+        "authors", "sentences of a training text: always min(5, n) of them, or a varied number",
+        choices=("authors", "varied"))
+    alpha: float = option(0.25, "weight of the reconstruction MSE", 0, 1e3)
+    beta: float = option(1.0, "weight of InfoNCE(v, t)", 0, 1e3)
+    gamma: float = option(1.0, "weight of InfoNCE(v_hat, t_hat)", 0, 1e3)
+    learn_scale: bool = option(False, "learn InfoNCE's scale, else it stays 10")
+    bank_init: str = option(
+        "orthogonal", "how the bank begins; kmeans: of embeddings",
+        choices=("orthogonal", "gaussian", "xavier", "uniform", "kmeans"))
+    bank_frozen: bool = option(False, "keep the bank as it begins")
+    holdout: float = option(
+        0.05, "share of the patients held back, to choose the best model by", 0, 0.9)
+    seed: int = option(0, "of everything random", 0, 2**31)
+    workers: int = option(
+        -1, "processes that load volumes; -1: up to 8 beside a GPU, else 0", -1, 256)
+    device: str = option("", "cpu, cuda or cuda:1; default: cuda where there is one")
 
 
 SCHEDULES = {
@@ -133,10 +87,87 @@ SCHEDULES = {
     # does a text encoder that learns as fast as the vision encoder.
     "phantom": dict(
         epochs=50, batch=32, optimizer="muon", lr=3e-3, text_lr=0.1, beta1=0.9, weight_decay=0.02,
-        schedule="cosine", warmup=30, clip=1.0, alpha=0.02, holdout=0.1,
+        schedule="cosine", warmup=30, clip=1.0, drawing="varied", alpha=0.02, holdout=0.1,
     ),
 }
 
+
+def parse(argv=None):
+    """Settings from the command line: what is typed, else the preset's, else the defaults.
+
+    On --resume the run's own; what is typed besides is said to be ignored.
+    """
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    data.add_options(parser, Settings)
+    typed = vars(parser.parse_args(argv))
+    preset = typed.get("preset") or ("base" if typed.get("manifest") else "phantom")
+    if preset not in SCHEDULES:
+        raise ValueError(f"there is no preset '{preset}'; there are: {', '.join(SCHEDULES)}")
+    own = {"preset": preset, "out": f"runs/{preset}", **typed}
+    settings = Settings(**SCHEDULES[preset] | own)
+    data.check_options(settings)
+    record = Path(settings.out) / "state" / "settings.json"
+    if not record.exists():
+        return settings
+    if not settings.resume:
+        raise ValueError(
+            f"{settings.out}: holds a run already; --resume goes on with it, "
+            "--out names another folder"
+        )
+    return resumed(record, typed)
+
+
+def resumed(record, typed):
+    """The Settings in a run's settings.json, but for what may change from machine to machine."""
+    try:
+        content = json.loads(record.read_text())
+        manifest_sha256 = content.pop("manifest_sha256", None)
+        settings = Settings(**content)
+        data.check_options(settings)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{record}: damaged ({error}); the run can't be resumed") from None
+    if manifest_sha256 not in (None, data.sha256_of(settings.manifest)):
+        print(f"{settings.manifest}: has changed since the run began, which goes on with it as it "
+              "is now, so not exactly", file=sys.stderr)
+    for name, value in typed.items():
+        own = getattr(settings, name)
+        if name in ("out", "device", "workers", "resume"):
+            setattr(settings, name, value)
+        elif value != own:
+            print(f"--{name} {value} is ignored: the run in {settings.out} goes on with {own!r}",
+                  file=sys.stderr)
+    return settings
+
+
+if __name__ == "__main__" and {"-h", "--help"} & {*sys.argv}:
+    parse()
+
+import torch
+import torch.distributed as dist
+from matplotlib.figure import Figure
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from tqdm import tqdm
+
+import evaluate
+import summarize
+from cmki import alignment_loss, kmeans
+from metrics import auroc
+from model import (
+    BERT_CONFIG,
+    PAIRS,
+    PRESETS,
+    BrgSA,
+    Config,
+    TextEncoder,
+    pick_device,
+    read_tokenizer,
+    train_tokenizer,
+    zero_shot_scores,
+)
+from report import evaluation_table
 
 # ---- 2. The loop ---------------------------------------------------------------------------------
 
@@ -167,8 +198,9 @@ def train(settings):
 
     # the first process writes the run's folder
     if RANK == 0:
-        record = json.dumps(asdict(settings), indent=1)
-        data.write_atomically(run.out / "state" / "settings.json", record.encode())
+        record = asdict(settings) | {"manifest_sha256": data.sha256_of(settings.manifest)}
+        content = json.dumps(record, indent=1).encode()
+        data.write_atomically(run.out / "state" / "settings.json", content)
         tokenizer = run.model.text.tokenizer.to_str()  # so that even the first epoch can be resumed
         data.write_atomically(run.out / "tokenizer.json", tokenizer.encode())
         log = Log(run.out / "log.jsonl", first)
@@ -213,6 +245,8 @@ def training_step(run, parallel, loader, lr, losses):
     settings, amp = run.settings, mixed_precision(run.device)
     for group in run.optimizer.param_groups:
         group["lr"] = lr * group["share"]
+    # what is dropped out depends on the step alone, so that a resumed run goes on exactly
+    torch.manual_seed((settings.seed * 2**24 + run.progress["step"]) * WORLD + RANK)
     for _ in range(settings.accumulate):
         volumes, texts = next(loader)
         with torch.autocast(run.device.type, amp, amp is not None):
@@ -340,8 +374,7 @@ def stop_at_signal():
 
 def set_up(settings):
     """The Run: from its last state where it has one, else from the beginning."""
-    index = int(os.environ.get("LOCAL_RANK", 0)) if settings.device == "cuda" else None
-    device = torch.device(settings.device, index)
+    device = torch.device(settings.device)
     torch.manual_seed(settings.seed)
     config = model_config(settings)
     pairs, held_out, held_texts = training_data(settings, config)
@@ -374,14 +407,8 @@ def model_config(settings):
     if settings.vision:
         own["vision"] = settings.vision
     if settings.text_checkpoint:
-        text = TextEncoder.from_huggingface(settings.text_checkpoint)
-        own |= {
-            "vocabulary": text.word_embeddings.num_embeddings,
-            "text_width": text.width,
-            "text_depth": len(text.blocks),
-            "text_heads": text.blocks[0].attn.heads,
-            "text_positions": text.position_embeddings.num_embeddings,
-        }
+        text = TextEncoder.from_huggingface(settings.text_checkpoint).config
+        own |= {name: getattr(text, name) for name in BERT_CONFIG.values()}
     if settings.bank_init != "kmeans":
         own["bank_init"] = settings.bank_init
     if Path(settings.manifest).with_name("phantom.json").exists():
@@ -435,7 +462,8 @@ def training_data(settings, config):
     wait_for_all()
     rows = [row for row in rows if cache.holds(row)]
     held_out = [row for row in held_out if cache.holds(row) and row.report]
-    pairs = data.ReportVolumes(rows, cache, summaries, config.crop, seed=settings.seed)
+    pairs = data.ReportVolumes(
+        rows, cache, summaries, config.crop, seed=settings.seed, drawing=settings.drawing)
     texts = []
     for row in held_out:
         parts = data.sentences(data.text_of(row, summaries))
@@ -479,9 +507,11 @@ def batches(run):
     keys = BatchKeys(
         len(run.pairs), run.batch, settings.epochs, settings.seed, first, RANK, WORLD
     )
+    on_gpu, workers = run.device.type == "cuda", settings.workers
+    if workers == -1:
+        workers = min(8, os.cpu_count()) if on_gpu else 0
     loader = torch.utils.data.DataLoader(
-        run.pairs, batch_sampler=keys, num_workers=settings.workers, collate_fn=collate,
-        pin_memory=settings.device == "cuda",
+        run.pairs, batch_sampler=keys, num_workers=workers, collate_fn=collate, pin_memory=on_gpu
     )
     per_epoch = max(1, keys.per_epoch // settings.accumulate)
     return iter(loader), per_epoch, keys.per_epoch * settings.epochs // settings.accumulate
@@ -529,8 +559,6 @@ def collate(pairs):
 def make_optimizer(model, settings):
     """The optimiser over named groups: texts learn at their own rate, only matrices decay."""
     kinds = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "muon": Muon}
-    if settings.optimizer not in kinds:
-        raise ValueError(f"optimizer is '{settings.optimizer}'; adam, adamw or muon is needed")
     text = {*model.text.parameters(), *model.text_projection.parameters()}
     inner = set(model.vision.blocks.parameters()) if settings.optimizer == "muon" else set()
     members = {  # in this order, by which a saved state numbers the parameters
@@ -750,41 +778,6 @@ def finish(settings):
 
 # ---- 8. Command line -----------------------------------------------------------------------------
 
-def parse(argv=None):
-    """Settings from the command line: what is typed, else the preset's, else the defaults.
-
-    On --resume the run's own.
-    """
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    helps = dict(re.findall(r"^    (\w+): (.+)$", Settings.__doc__, re.M))
-    for item in fields(Settings):
-        option, text = f"--{item.name.replace('_', '-')}", helps[item.name]
-        if item.default not in ("", False):
-            text += f" (default {item.default})"
-        kind = {"type": item.type, "metavar": item.type.__name__.upper()}
-        if item.type is bool:
-            kind = {"action": "store_true"}
-        parser.add_argument(option, default=argparse.SUPPRESS, help=text, **kind)
-    typed = vars(parser.parse_args(argv))
-    preset = typed.get("preset") or ("base" if typed.get("manifest") else "phantom")
-    if preset not in PRESETS:
-        raise ValueError(f"there is no preset '{preset}'; there are: {', '.join(PRESETS)}")
-    own = {"preset": preset, "out": f"runs/{preset}", **typed}
-    settings = Settings(**SCHEDULES[preset] | own)
-    record = Path(settings.out) / "state" / "settings.json"
-    if not record.exists():
-        return settings
-    if not settings.resume:
-        raise ValueError(
-            f"{settings.out}: holds a run already; --resume goes on with it, "
-            "--out names another folder"
-        )
-    changed = {name: typed[name] for name in typed.keys() & {"out", "device", "workers", "resume"}}
-    return Settings(**json.loads(record.read_text()) | changed)
-
-
 def keep_freed_memory():
     """On Linux's CPU, let malloc keep what was freed: a step is then a seventh faster.
 
@@ -799,11 +792,12 @@ def keep_freed_memory():
 def main(argv=None):
     """Train, then evaluate; the exit status, 130 where it was stopped."""
     settings = parse(argv)
+    settings.device = pick_device(settings.device, os.environ.get("LOCAL_RANK"))
+    on_gpu = settings.device != "cpu"
     if WORLD > 1 and not dist.is_initialized():
         # The others wait while rank 0 prepares volumes, which may take long.
-        backend = "nccl" if settings.device == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(hours=24))
-    if settings.device == "cpu":
+        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(hours=24))
+    if not on_gpu:
         keep_freed_memory()
     if not settings.manifest:
         settings.manifest = str(PHANTOM_FOLDER / "manifest.csv")

@@ -2,10 +2,12 @@
 same or says why not.
 """
 import json
+import re
 
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from test_alone import example
 
 import model as model_module
@@ -20,6 +22,7 @@ from model import (
     ViT3D,
     clean,
     joint_vectors,
+    pick_device,
     train_tokenizer,
     zero_shot_scores,
 )
@@ -27,7 +30,7 @@ from model import (
 SMALL = Config(**PRESETS["phantom"] | dict(
     vision="vit", shape=(48, 48, 40), crop=(40, 32, 32), vit_width=48, vit_depth=2, vit_heads=2,
     resnet_width=4, vocabulary=300, text_width=32, text_depth=5, text_positions=64, text_heads=2,
-    dim=24, bank_size=16))
+    text_mlp=128, dim=24, bank_size=16))
 TEXTS = ["There is a pleural effusion.", "There is no Nodule; 1.5 cm"]
 
 
@@ -124,6 +127,18 @@ def test_text_is_cleaned_to_letters_and_digits():
     assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("text, expected", [
+    ("There is Pneumothorax", "there is pneumothorax"),
+    ("Effusion. There is no nodule.", "there is no nodule"),  # a sentence of one word goes
+    ("1. Heart is large 2. Stable. 3.5 cm mass", "heart is large 5 cm mass"),  # it ends at 3., too
+    ("left_lobe is naïve; two lines\nhere", "left_lobe is nave two lines here"),
+    ("Normal", ""),
+])
+def test_the_authors_cleaning_is_theirs(text, expected):
+    assert clean(text, "authors") == expected
+    assert clean(expected + " .", "authors") == expected
+
+
 def test_padding_and_the_other_texts_of_a_batch_change_nothing():
     model = small().eval()
     with torch.no_grad():
@@ -156,16 +171,22 @@ def test_without_a_tokenizer_words_are_spelled():
     assert model.encode_text(["pleural effusion"]).shape == (1, 24)
 
 
-@pytest.mark.parametrize("files", ["tokenizer.json", "vocab.txt"])
-def test_text_encoder_agrees_with_transformers_bert(tmp_path, files):
+@pytest.mark.parametrize("files, setting", [
+    ("tokenizer.json", {}),
+    ("vocab.txt", {}),
+    ("vocab.txt", {"hidden_act": "relu"}),
+    ("vocab.txt", {"hidden_act": "gelu_new", "layer_norm_eps": 1e-2, "intermediate_size": 48}),
+])
+def test_text_encoder_agrees_with_transformers_bert(tmp_path, files, setting):
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     known = ["effusion of the pleura", "nodules, effusions and nodularity"]
     tokenizer = train_tokenizer(known * 3, 100)
     assert any(token.startswith("##") for token in tokenizer.encode("unpleural").tokens)
-    config = transformers.BertConfig(
+    sizes = dict(
         vocab_size=110, hidden_size=32, num_hidden_layers=5, num_attention_heads=4,
         intermediate_size=128, max_position_embeddings=40)
+    config = transformers.BertConfig(**sizes | setting)
     bert = transformers.BertModel(config).eval()
     bert.save_pretrained(tmp_path)
     if files == "tokenizer.json":
@@ -176,7 +197,7 @@ def test_text_encoder_agrees_with_transformers_bert(tmp_path, files):
     encoder = TextEncoder.from_huggingface(tmp_path)
     texts = ["pleural effusion", "Nodules of the pleura; unpleural."]
     with torch.no_grad():
-        # the last four layers, a word's pieces summed; mean over the words, sum over the layers
+        # the last four layers, a word's pieces summed; over the words to 97, sum over the layers
         for text, feature in zip(texts, encoder(texts)):
             encoding = tokenizer.encode(clean(text))
             n = sum(encoding.attention_mask)
@@ -188,13 +209,52 @@ def test_text_encoder_agrees_with_transformers_bert(tmp_path, files):
                     piece = words.pop() + piece
                 words.append(piece)
             assert len(words) < n or text == texts[0]
-            assert torch.allclose(feature, torch.stack(words).mean(0).sum(0), atol=1e-4)
+            padded = torch.stack(words + [0 * words[0]] * (97 - len(words)))
+            assert torch.allclose(feature, padded.mean(0).sum(0), atol=1e-4)
 
 
-def test_a_folder_that_is_no_bert_is_named(tmp_path):
-    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
-    with pytest.raises(ValueError, match="'gpt2', a BERT is needed"):
+def test_berts_first_names_of_its_norms_are_read(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        vocab_size=110, hidden_size=32, num_hidden_layers=1, num_attention_heads=4)
+    bert = transformers.BertForPreTraining(config).eval()
+    weights = {}
+    for name, weight in bert.state_dict().items():
+        name = name.replace("LayerNorm.weight", "LayerNorm.gamma")
+        weights[name.replace("LayerNorm.bias", "LayerNorm.beta")] = weight.clone()
+    save_file(weights, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(config.to_json_string())
+    train_tokenizer([], 100).save(str(tmp_path / "tokenizer.json"))
+    ids = torch.tensor([[2, 7, 8, 3]])
+    with torch.no_grad():
+        states = TextEncoder.from_huggingface(tmp_path).hidden_states(ids, torch.ones_like(ids))
+        expected = bert.bert(ids, output_hidden_states=True).hidden_states
+    assert torch.allclose(states[-1], expected[-1], atol=1e-5)
+
+
+@pytest.mark.parametrize("config, message", [
+    ('{"model_type": "gpt2"}', "model_type is 'gpt2'; 'bert' is needed"),
+    ("{}", "model_type is None"),
+    ("[]", "holds a list"),
+    ("[" * 5000, "not JSON"),
+    ('{"model_type": "bert", "position_embedding_type": "relative_key"}', "'relative_key'"),
+    ('{"model_type": "bert", "hidden_act": "swish"}', "text_activation can't be 'swish'"),
+    ('{"model_type": "bert", "vocab_size": null}', "vocabulary can't be None"),
+    ('{"model_type": "bert", "num_attention_heads": 7}', "not a multiple of 7"),
+    ('{"model_type": "bert", "hidden_dropout_prob": NaN}', "text_dropout can't be nan"),
+])
+def test_a_folder_that_is_no_bert_is_named(tmp_path, config, message):
+    (tmp_path / "config.json").write_text(config)
+    with pytest.raises(ValueError, match=f"config.json: .*{re.escape(message)}"):
         TextEncoder.from_huggingface(tmp_path)
+
+
+def test_dropout_is_of_the_text_encoders_training_alone():
+    model = small(text_dropout=0.5)
+    first, second = (model(volumes(), TEXTS) for _ in range(2))
+    assert torch.equal(first[0], second[0]) and not torch.equal(first[1], second[1])
+    model.eval()
+    assert torch.equal(model.encode_text(TEXTS), model.encode_text(TEXTS))
 
 
 @pytest.mark.parametrize("vision", ["vit", "resnet18"])
@@ -215,12 +275,44 @@ def test_what_is_saved_loads_the_same(tmp_path, vision):
 def test_a_directory_of_another_version_is_refused_and_one_without_a_version_is_the_first(tmp_path):
     small().save_pretrained(tmp_path)
     settings = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(settings | {"version": 2}))
-    with pytest.raises(ValueError, match="config.json: .* of another version"):
+    (tmp_path / "config.json").write_text(json.dumps(settings | {"version": 3}))
+    with pytest.raises(ValueError, match="config.json: version can't be 3"):
         BrgSA.from_pretrained(tmp_path)
-    del settings["version"]
+    for name in ("version", "text_pooling", "text_cleaning", "text_dropout", "text_mlp"):
+        del settings[name]
     (tmp_path / "config.json").write_text(json.dumps(settings))
     assert BrgSA.from_pretrained(tmp_path).config == SMALL
+
+
+@pytest.mark.parametrize("setting", [
+    {"text_depth": 10**9}, {"vit_depth": 10**9}, {"dim": 10**12}, {"vocabulary": 10**15},
+    {"shape": [0, 48, 40]}, {"shape": "large"}, {"hu_range": [1000, -1000]}, {"std": 0},
+    {"vision": "swin"}, {"text_pooling": "max"}, {"text_width": -32}, {"text_heads": 2.5},
+    {"scale": float("nan")}, {"windows": [[1, 0]]}, {"patch": [8, 8]}, {"crop": [10**9] * 3},
+])
+def test_a_config_that_can_not_be_is_one_line_before_anything_is_built(tmp_path, setting):
+    small().save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | setting))
+    with pytest.raises(ValueError, match=str(tmp_path)) as error:
+        BrgSA.from_pretrained(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_weights_that_are_no_finite_numbers_are_named(tmp_path):
+    model = small()
+    with torch.no_grad():
+        model.bank.weight[3, 4] = float("nan")
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="tensor bank.weight holds NaN"):
+        BrgSA.from_pretrained(tmp_path)
+
+
+def test_a_device_that_is_not_here_is_named():
+    assert pick_device("cpu") == "cpu"
+    for name in ("foo", "cuda:99", "cpu:x"):
+        with pytest.raises(ValueError, match=f"no device '{name}'"):
+            pick_device(name)
 
 
 def test_the_example_of_the_docstring_runs(tmp_path, monkeypatch):
@@ -261,7 +353,7 @@ def test_a_damaged_run_directory_is_named(tmp_path):
     with pytest.raises(ValueError, match="doesn't fit config.json"):
         BrgSA.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({**settings, "dims": 32}))
-    with pytest.raises(ValueError, match="unknown settings dims"):
+    with pytest.raises(ValueError, match="config.json: .*'dims'"):
         BrgSA.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(settings))
     (tmp_path / "tokenizer.json").unlink()

@@ -24,11 +24,11 @@ ROOT = Path(train.__file__).parent
 TINY = dict(
     vision="vit", spacing=(4.0, 4.0, 4.0), shape=(24, 24, 24), crop=(24, 24, 24),
     patch=(12, 12, 12), vit_width=48, vit_depth=1, vit_heads=2, resnet_width=8,
-    vocabulary=200, text_width=32, text_depth=1, text_heads=2, text_positions=64,
-    dim=32, bank_size=16)
+    vocabulary=200, text_width=32, text_depth=1, text_heads=2, text_mlp=128, text_positions=64,
+    text_dropout=0.0, dim=32, bank_size=16)
 SCHEDULE = dict(
     epochs=4, batch=8, optimizer="adamw", lr=1e-3, beta1=0.9, weight_decay=0.02,
-    schedule="cosine", warmup=4, clip=1.0, holdout=0.2)
+    schedule="cosine", warmup=4, clip=1.0, drawing="varied", holdout=0.2)
 SCRIPT = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
