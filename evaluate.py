@@ -338,7 +338,7 @@ def thresholds_for(options, manifest, rows, classes):
     if threshold in ("split-half", "oracle", "authors"):
         return threshold
     try:
-        value = float(threshold)
+        value = float(str(threshold))
     except ValueError:
         return thresholds_from(Path(threshold), manifest, rows, classes)
     if not math.isfinite(value):

@@ -85,7 +85,8 @@ class Config:
             if kind in (int, float):
                 right = right and 0 <= value < math.inf
             elif item.name in CHOICES:
-                right = value in CHOICES[item.name]
+                choices = CHOICES[item.name]
+                _require(value in choices, item.name, value, f"; one of {', '.join(choices)}")
             _require(right, item.name, value)
         for name in ("spacing", "shape", "crop", "patch"):
             value = getattr(self, name)
@@ -100,9 +101,9 @@ class Config:
             _require(width % heads == 0, f"{part}_width", f"{width}, not a multiple of {heads}")
 
 
-def _require(right, name, value):
+def _require(right, name, value, mend=""):
     if not right:
-        raise ValueError(f"{name} can't be {value!r}")
+        raise ValueError(f"{name} can't be {value!r}{mend}")
 
 
 ACTIVATIONS = {

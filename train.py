@@ -122,15 +122,10 @@ def parse(argv=None):
 def resumed(record, typed):
     """The Settings in a run's settings.json, but for what may change from machine to machine."""
     try:
-        content = json.loads(record.read_text())
-        manifest_sha256 = content.pop("manifest_sha256", None)
-        settings = Settings(**content)
+        settings = Settings(**json.loads(record.read_text()))
         data.check_options(settings)
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError) as error:
         raise ValueError(f"{record}: damaged ({error}); the run can't be resumed") from None
-    if manifest_sha256 not in (None, data.sha256_of(settings.manifest)):
-        print(f"{settings.manifest}: has changed since the run began, which goes on with it as it "
-              "is now, so not exactly", file=sys.stderr)
     for name, value in typed.items():
         own = getattr(settings, name)
         if name in ("out", "device", "workers", "resume"):
@@ -198,9 +193,8 @@ def train(settings):
 
     # the first process writes the run's folder
     if RANK == 0:
-        record = asdict(settings) | {"manifest_sha256": data.sha256_of(settings.manifest)}
-        content = json.dumps(record, indent=1).encode()
-        data.write_atomically(run.out / "state" / "settings.json", content)
+        record = json.dumps(asdict(settings), indent=1)
+        data.write_atomically(run.out / "state" / "settings.json", record.encode())
         tokenizer = run.model.text.tokenizer.to_str()  # so that even the first epoch can be resumed
         data.write_atomically(run.out / "tokenizer.json", tokenizer.encode())
         log = Log(run.out / "log.jsonl", first)
@@ -390,11 +384,16 @@ def set_up(settings):
     optimizer = make_optimizer(model, settings)
     plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=5)
     scaler = torch.amp.GradScaler(device.type, enabled=mixed_precision(device) == torch.float16)
-    progress = {"step": 0, "best": None, "lr_factor": 1.0, "plateau": None}
+    manifest = data.sha256_of(settings.manifest)
+    progress = {
+        "step": 0, "best": None, "lr_factor": 1.0, "plateau": None, "manifest_sha256": manifest}
     if resuming:
-        progress = load_state(state_file(settings), model, optimizer, scaler)
+        progress |= load_state(state_file(settings), model, optimizer, scaler)
         if progress["plateau"]:
             plateau.load_state_dict(progress["plateau"])
+        if progress["manifest_sha256"] != manifest and RANK == 0:
+            print(f"{settings.manifest}: has changed since the run began; the run goes on with it "
+                  "as it is now, so not as it would have", file=sys.stderr)
     return Run(
         settings, device, pairs, batch, held_out, held_texts, model, optimizer, scaler, plateau,
         progress,

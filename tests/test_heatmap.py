@@ -41,7 +41,7 @@ def as_batch(hu):
 
 def explicit_attention(layers):
     """Attention with its whole matrix, which is appended to layers together with its gradient."""
-    def attend(q, k, v, attn_mask=None):
+    def attend(q, k, v, attn_mask=None, dropout_p=0.0):
         scores = q @ k.mT / math.sqrt(q.shape[-1])
         if attn_mask is not None:
             scores = scores.masked_fill(~attn_mask, -math.inf)

@@ -345,8 +345,13 @@ def test_schedules_warm_up_and_fall():
 @pytest.mark.parametrize("arguments, said", [
     (["--preset", "huge"], "no preset 'huge'"),
     (["--manifest", "absent.csv"], "absent.csv: no such file"),
-    (["--manifest", "manifest.csv", "--vision", "swin"], "vision is 'swin'"),
-    (["--manifest", "manifest.csv", "--optimizer", "sgd"], "optimizer is 'sgd'"),
+    (["--manifest", "manifest.csv", "--vision", "swin"], "vision can't be 'swin'; one of vit"),
+    (["--accumulate", "0"], "--accumulate is 0; a number from 1 "),
+    (["--holdout", "-0.5"], "--holdout is -0.5; a number from 0 to 0.9"),
+    (["--lr", "nan"], "--lr is nan"),
+    (["--batch", "1"], "--batch is 1"),
+    (["--device", "foo"], "no device 'foo'"),
+    (["--device", "cuda:77"], "no device 'cuda:77'"),
     (["--manifest", "manifest.csv", "--summaries", "absent.jsonl"], "absent.jsonl"),
     (["--manifest", "silent.csv"], "no row has a report"),
     (["--manifest", "one.csv"], "at least two are needed"),
@@ -359,6 +364,29 @@ def test_bad_settings_are_one_line(tmp_path, monkeypatch, capsys, arguments, sai
     with pytest.raises((ValueError, OSError), match=said):
         train.main(["--preset", "tiny", "--out", "run", *arguments])  # of two, the later counts
     assert not (tmp_path / "run" / "state").exists()
+
+
+@pytest.mark.parametrize("arguments", [
+    ["--optimizer", "sgd"], ["--schedule", "cosin"], ["--epochs", "many"], ["--drawing", "none"]])
+def test_choices_are_those_of_a_list(tmp_path, capsys, arguments):
+    with pytest.raises(SystemExit) as stop:
+        run(tmp_path, *arguments)
+    assert stop.value.code == 2 and f"argument {arguments[0]}: invalid" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_resuming_says_what_it_ignores(tmp_path, capsys):
+    easy_manifest(tmp_path, 20)
+    run(tmp_path, "--epochs", 1)
+    with open(tmp_path / "manifest.csv", "a") as manifest:
+        manifest.write("one more,v0.nii\n")
+    assert run(tmp_path, "--resume", "--lr", 0.5) == 0
+    said = capsys.readouterr().err
+    assert f"--lr 0.5 is ignored: the run in {tmp_path / 'run'} goes on with 0.001" in said
+    assert f"{tmp_path / 'manifest.csv'}: has changed since the run began" in said
+    (tmp_path / "run" / "state" / "settings.json").write_text('{"epochs": "two"}')
+    with pytest.raises(ValueError, match="settings.json: damaged"):
+        run(tmp_path, "--resume")
 
 
 def test_a_finished_run_is_not_overwritten(tmp_path):
