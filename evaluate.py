@@ -189,13 +189,20 @@ def _make_prompt(name, wanted=None):
     return prompt
 
 
+def load(run, device, prompts):
+    """A run's model; ValueError where its text encoder reads nothing of one of the prompts."""
+    model = BrgSA.from_pretrained(run).to(pick_device(device))
+    for prompt in prompts.values():
+        for text in prompt["positive"] + prompt["negative"]:
+            if not model.text.clean(text):
+                raise ValueError(f"of the prompt '{text}' the model reads no word; use a sentence")
+    return model
+
+
 def score(model, v, prompts, pairs=PAIRS[:2], v_hat=None):
     """Scores (N, C) of volumes v (N, d): mean or max of positive less mean of negative prompts."""
     prompts = prompts.values()
     texts = [text for prompt in prompts for text in prompt["positive"] + prompt["negative"]]
-    for text in texts:
-        if not model.text.clean(text):
-            raise ValueError(f"of the prompt '{text}' this model reads no word; write a sentence")
     t = embed_texts(model, texts)
     v_hat = bridge(model, v) if v_hat is None else v_hat
     cosines = zero_shot_scores(v, v_hat, t, bridge(model, t), pairs).double().numpy()  # (N, P)
@@ -502,7 +509,7 @@ class Study:
     def __init__(self, run, manifest, cache, device, pairs, prompts):
         self.run, self.manifest = Path(run), Path(manifest)
         self.pairs, self.prompts = pairs, prompts
-        self.model = BrgSA.from_pretrained(run).to(pick_device(device))
+        self.model = load(run, device, prompts)
         self.weights = data.sha256_of(self.run / "model.safetensors")
         folder = cache or self.manifest.parent / "cache"
         self.cache = data.Cache.for_config(folder, self.model.config)
@@ -614,8 +621,8 @@ def evaluate_volume(run, path, out=None, method=None, **options):
     in the scan's own space. options: prompts, negative, pairs and device of Options.
     """
     options = Options(**options)
-    model = BrgSA.from_pretrained(run).to(pick_device(options.device))
     prompts = prompts_for(options)
+    model = load(run, options.device, prompts)
     config, volume = model.config, data.read_volume(path)
     hu = data.preprocess(volume.hu, volume.spacing, config.spacing, config.shape, config.hu_range)
     with torch.inference_mode():

@@ -326,7 +326,8 @@ def _cuts(scores, labels):
     if not len(positive) or not len(negative):
         return np.full((3, 1), np.nan)
     levels = np.unique(np.append(positive, negative))
-    cuts = np.append(levels[0] - 1e-6, (levels[:-1] + levels[1:]) / 2)
+    between = (levels[:-1] + levels[1:]) / 2
+    cuts = np.concatenate(([levels[0] - 1e-6], between, levels[-1:]))
     specificity = np.searchsorted(negative, cuts, "right") / len(negative)
     missed = np.searchsorted(positive, cuts, "right") / len(positive)
     return cuts, specificity, missed

@@ -296,6 +296,15 @@ def test_one_scans_page_and_maps_are_written_for_the_named_prompts(tmp_path, vis
 
 # ---- what is evaluated, and what is refused
 
+def test_scans_whose_names_differ_after_a_dot_have_folders_of_their_own(tmp_path):
+    run = make_run(tmp_path / "run", vision="resnet18")
+    for number in (3, 4):
+        write_scan(tmp_path / f"1.2.{number}.nii.gz", number)
+        done = command(run, "--volume", tmp_path / f"1.2.{number}.nii.gz", "--heatmap")
+        assert done.returncode == 0, done.stderr
+        assert (run / "evaluation" / f"1.2.{number}" / "report.html").exists()
+
+
 def test_a_benchmark_says_which_classes_are_scored_and_one_without_labels_is_shown_as_such(
     bench, tmp_path
 ):
@@ -325,10 +334,13 @@ def test_a_bad_volume_is_skipped_and_listed_and_never_replaced(bench, tmp_path):
     (["--manifest", "M", "--split", "nowhere"], "nowhere"),
     (["--manifest", "M", "--prompts", "bad.json"], "bad.json"),
     (["--manifest", "M", "--prompts", "?!"], "asks nothing"),
+    (["--manifest", "M", "--prompts", "word.json"], "'Nodule' the model reads no word"),
+    (["--manifest", "M", "--device", "foo"], "no device 'foo'"),
     (["--manifest", "M", "--prompts", "absent.txt"], "absent.txt"),
 ])
 def test_bad_input_gets_one_line_and_exit_status_2(bench, tmp_path, arguments, why):
     (tmp_path / "bad.json").write_text('{"a": {"positve": []}}')
+    (tmp_path / "word.json").write_text('{"a": "Nodule"}')
     typed = []
     for argument in arguments:
         is_file = argument.endswith((".json", ".txt", ".gz", ".csv"))
@@ -410,6 +422,43 @@ def test_thresholds_come_from_another_split_only_if_its_patients_are_others(benc
     with pytest.raises(ValueError, match="other patients"):
         own = tmp_path / "valid" / "scores.csv"
         evaluate.evaluate(run, manifest, "valid", tmp_path / "x", threshold=own)
+
+
+def test_the_authors_protocol_is_theirs(bench, tmp_path):
+    done = command(bench[0], "--manifest", bench[1], "--protocol", "authors", "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "metrics.json").read_text())
+    assert result["threshold"] == "authors" and "as the authors choose them" in (
+        tmp_path / "report.html").read_text()
+    rows = data.read_manifest(bench[1])
+    scores, labels, _ = evaluate.join(evaluate.read_scores(tmp_path / "scores.csv"), rows)
+    thresholds = metrics.nearest_thresholds(scores, labels)
+    samples = metrics.bootstrap(scores, labels, np.arange(len(rows)), thresholds, n=5000)
+    ends = metrics.interval(samples["auroc"])  # (2, C)
+    macro, classes = result["volume"]["macro"]["CT-RATE"], result["volume"]["classes"]
+    assert classes["Lung nodule"]["auroc_95"] == pytest.approx(ends[:, 0])
+    assert macro["auroc_95"] == pytest.approx(ends[:, :2].mean(1))  # the third is of CT-RATE-LT
+    f1 = metrics.per_class(scores, labels, thresholds)["f1_weighted"]
+    assert macro["f1_weighted"] == pytest.approx(f1[:2].mean())
+    ranked = (scores - scores.mean(0)) / scores.std(0)
+    recall, _ = metrics.top_k(ranked, labels, 1)
+    _, precision = metrics.top_k(ranked, labels, 3)
+    assert result["volume"]["top_k"]["recall@1"] == pytest.approx(recall)
+    assert result["volume"]["top_k"]["precision@3"] == pytest.approx(precision)
+
+
+def test_a_threshold_may_be_a_number(bench, tmp_path):
+    rows = data.read_manifest(bench[1])
+    names, labels = [row.name for row in rows], data.labels_matrix(rows, CLASSES)
+    evaluate.write_scores(tmp_path / "scores.csv", names, CLASSES, 0.1 + 0.2 * labels)
+    command = {"run": None, "manifest": bench[1], "scores": tmp_path / "scores.csv"}
+    f1 = {}
+    for threshold in ("0.2", "0.05"):
+        result = evaluate.evaluate(**command, threshold=threshold)
+        f1[threshold] = result["volume"]["macro"]["CT-RATE"]["f1"]
+    assert f1["0.2"] == 1 > f1["0.05"]
+    with pytest.raises(ValueError, match="--threshold is nan"):
+        evaluate.evaluate(**command, threshold="nan")
 
 
 def test_a_model_beside_itself_differs_by_nothing_and_beside_a_better_one_by_what_it_lacks(

@@ -242,6 +242,24 @@ def test_the_best_threshold_maximises_recall_plus_specificity():
     assert np.isnan(thresholds[[1, 2, 4]]).all()
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_the_authors_threshold_is_the_point_of_scikit_learns_curve_nearest_to_the_corner(seed):
+    curves = pytest.importorskip("sklearn.metrics")
+    scores, labels, _ = cases(seed)
+    thresholds = metrics.nearest_thresholds(scores, labels)
+    found = metrics.per_class(scores, labels, np.nan_to_num(thresholds))
+    for c in range(7):
+        known = ~np.isnan(labels[:, c])
+        if len(np.unique(labels[known, c])) < 2:
+            assert np.isnan(thresholds[c])
+            continue
+        fpr, tpr, cuts = curves.roc_curve(
+            labels[known, c], scores[known, c], drop_intermediate=False)
+        best = np.argmin(fpr**2 + (1 - tpr)**2)
+        assert found["recall"][c] == pytest.approx(tpr[best])
+        assert found["specificity"][c] == pytest.approx(1 - fpr[best])
+
+
 def test_a_split_half_threshold_never_depends_on_the_patient_that_it_judges():
     scores, labels, patients = cases(4, n=90, c=5)
     thresholds = metrics.split_half_thresholds(scores, labels, patients)
