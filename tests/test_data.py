@@ -2,12 +2,16 @@
 that survives kills."""
 import csv
 import gzip
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+import tracemalloc
+import warnings
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -164,6 +168,344 @@ def test_each_bad_file_is_one_line_that_names_it(tmp_path):
             assert "\n" not in message
 
 
+def nifti_bytes(array, affine=None, kind=nibabel.Nifti1Image, **fields):
+    """A .nii in mm whose header has these fields, unchecked."""
+    affine = numpy.diag([-1.5, -1.5, 2.0, 1]) if affine is None else affine
+    image = kind(array, affine, dtype=array.dtype)
+    image.header.set_xyzt_units("mm")
+    content = bytearray(image.to_bytes())
+    size = kind.header_class.sizeof_hdr
+    header = numpy.frombuffer(content[:size], kind.header_class.template_dtype).copy()
+    for name, value in fields.items():
+        header[name] = value
+    content[:size] = header.tobytes()
+    return bytes(content)
+
+
+def write(path, content):
+    path.write_bytes(content)
+    return path
+
+
+def line_about(path):
+    """The one line that says why a file can't be read."""
+    with pytest.raises(ValueError) as caught:
+        data.read_volume(path)
+    message = str(caught.value)
+    assert message.startswith(f"{path}: ") and message.isprintable()
+    return message.removeprefix(f"{path}: ")
+
+
+@pytest.fixture
+def peak():
+    """The most memory that was taken since the last call, in bytes."""
+    def since_last():
+        most = tracemalloc.get_traced_memory()[1] - since_last.start
+        tracemalloc.reset_peak()
+        since_last.start = tracemalloc.get_traced_memory()[0]
+        return most
+
+    since_last.start = 0
+    tracemalloc.start()
+    yield since_last
+    tracemalloc.stop()
+
+
+LIBRARIES_RAISE = [
+    MemoryError(), OverflowError("too large"), RecursionError("too deep"), EOFError(), KeyError(9),
+    TypeError("a\nline"), zipfile.BadZipFile("no zip"), UnicodeDecodeError("utf-8", b"", 0, 1, ""),
+    PermissionError(13, "Permission denied"), nibabel.spatialimages.HeaderDataError("odd"),
+]
+
+
+@pytest.mark.parametrize("error", LIBRARIES_RAISE, ids=lambda error: type(error).__name__)
+def test_whatever_a_library_raises_is_one_line_with_the_files_name(tmp_path, monkeypatch, error):
+    def fail(content):
+        raise error
+
+    monkeypatch.setattr(data, "_read_nifti", fail)
+    assert line_about(save_nifti(tmp_path / "a.nii", hu_volume()))
+
+
+def archive(shape, content=bytes(1000), descr="<i2"):
+    """An .npz whose array has a header by hand."""
+    text = f"{{'descr': '{descr}', 'fortran_order': False, 'shape': {shape}, }}".ljust(117) + "\n"
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as file:
+        header = b"\x93NUMPY\x01\x00" + numpy.uint16(118).tobytes() + text.encode()
+        file.writestr("ct.npy", header + content)
+    return out.getvalue()
+
+
+def promising_files():
+    """Contents whose header promises more than they hold: {name: (content, what is said)}."""
+    small, second = numpy.zeros((1, 1, 1), numpy.int16), nibabel.Nifti2Image
+    large = {"dim": [3, 1000, 1000, 950, 1, 1, 1, 1]}
+    return {
+        "cube.nii": (nifti_bytes(small, dim=[3, 30000, 30000, 30000, 1, 1, 1, 1]), "2 GiB"),
+        "large.nii": (nifti_bytes(small, **large)[:352], "cut short: 352 of 1900000352 bytes"),
+        "large.nii.gz": (gzip.compress(nifti_bytes(small, **large)), "cut short"),
+        "second.nii": (nifti_bytes(small, kind=second, **large)[:400], "cut short: 400 of"),
+        "second.nii.gz": (gzip.compress(nifti_bytes(small, kind=second, **large)), "cut short"),
+        "offset.nii": (nifti_bytes(small, vox_offset=1e9), "cut short"),
+        "infinite.nii": (nifti_bytes(small, vox_offset=numpy.inf), "infinity"),
+        "negative.nii": (nifti_bytes(small, dim=[3, -9, 9, 9, 1, 1, 1, 1]), "3D"),
+        "zero.nii": (nifti_bytes(small, dim=[3, 9, 9, 0, 1, 1, 1, 1]), "3D"),
+        "none.nii": (nifti_bytes(small, dim=[0, 9, 9, 9, 1, 1, 1, 1]), "3D"),
+        "large.npz": (archive((1000, 1000, 950)), "cut short: 1000 of 1900000000 bytes"),
+        "cube.npz": (archive((30000, 30000, 30000)), "2 GiB"),
+        "negative.npz": (archive((-1, 20, 20)), "3D"),
+    }
+
+
+@pytest.mark.parametrize("name", promising_files())
+def test_a_header_that_promises_more_than_the_file_holds_takes_no_memory(tmp_path, peak, name):
+    content, said = promising_files()[name]
+    path = write(tmp_path / name, content)
+    peak()
+    assert said in line_about(path)
+    assert peak() < 2**20
+
+
+def test_a_bomb_is_unpacked_only_as_far_as_its_header_needs(tmp_path, peak):
+    hu, zeros = hu_volume(), bytes(2**27)
+    ct = hu.transpose(2, 1, 0)[::-1]
+    contents = {"a.nii.gz": gzip.compress(nifti_bytes(hu) + zeros, 1),
+                "a.npz": archive(ct.shape, ct.tobytes() + zeros)}
+    for name, content in contents.items():
+        path = write(tmp_path / name, content)
+        peak()
+        assert numpy.array_equal(data.read_volume(path).hu, hu)
+        assert peak() < 2**22
+
+
+def test_a_file_over_the_limit_is_not_read(tmp_path):
+    path = tmp_path / "sparse.nii"
+    with open(path, "wb") as file:
+        file.truncate(2**31 + 1)
+    assert "more than 2 GiB" in line_about(path)
+
+
+@pytest.mark.parametrize("scale", [1e30, 1e-30, 500, 0.001])
+def test_voxels_of_impossible_size_are_refused_unless_the_spacing_is_given(tmp_path, scale):
+    content = nifti_bytes(hu_volume(), numpy.diag([scale, scale, scale, 1]), nibabel.Nifti2Image)
+    path = write(tmp_path / "a.nii", content)
+    assert "0.01 to 100 are possible" in line_about(path)
+    if 1e-3 <= scale <= 1e3:
+        assert data.read_volume(path, spacing=(1, 2, 3)).spacing == (1, 2, 3)
+
+
+@pytest.mark.parametrize("array", [
+    numpy.full((3, 3, 3), {"a": 1}, object), numpy.zeros((3, 3, 3), [("a", "i2"), ("b", "i2")]),
+    numpy.ones((3, 3, 3), complex), numpy.ones((3, 3, 3), numpy.longdouble),
+    numpy.full((3, 3, 3), "a"), numpy.ones((3, 3, 3), bool), numpy.ones((3, 3, 3), "m8[s]"),
+], ids=lambda array: array.dtype.kind)
+def test_an_archive_of_anything_but_numbers_is_refused(tmp_path, array):
+    numpy.savez(tmp_path / "a.npz", ct=array)
+    assert "not numbers" in line_about(tmp_path / "a.npz")
+
+
+def test_archives_of_any_byte_order_and_layout_are_read_and_a_damaged_one_is_refused(tmp_path):
+    ct = hu_volume((6, 5, 4))
+    path = tmp_path / "a.npz"
+    for array in (ct, ct.astype(">i2"), numpy.asfortranarray(ct), ct.astype(">f8"), ct[..., None]):
+        for save in (numpy.savez, numpy.savez_compressed):
+            save(path, ct=array)
+            hu = data.read_volume(path).hu
+            assert numpy.array_equal(hu, ct.T[:, :, ::-1]) and hu.dtype.isnative
+    content = bytearray(path.read_bytes())
+    assert line_about(write(path, content[:-50]))
+    content[len(content) // 3] ^= 1
+    assert line_about(write(path, content))
+
+
+# ---- geometry
+
+@pytest.mark.parametrize("kind", [nibabel.Nifti1Image, nibabel.Nifti2Image])
+def test_voxels_without_an_offset_begin_right_after_the_header(tmp_path, kind):
+    hu = hu_volume()
+    path = write(tmp_path / "a.nii", nifti_bytes(hu, kind=kind, vox_offset=0))
+    assert numpy.array_equal(data.read_volume(path).hu, hu)
+    for offset in (-16, 100, *[numpy.nan] * (kind is nibabel.Nifti1Image)):
+        write(path, nifti_bytes(hu, kind=kind, vox_offset=offset))
+        assert "lies in the header" in line_about(path)
+
+
+@pytest.mark.parametrize("magic", [b"ni1", b"xyz", b""])
+def test_the_header_of_a_pair_of_files_is_refused(tmp_path, magic):
+    path = write(tmp_path / "a.nii", nifti_bytes(hu_volume(), magic=magic))
+    assert "a pair of .hdr and .img" in line_about(path)
+
+
+def sheared(degrees):
+    affine = numpy.diag([-1.5, -1.5, 2.0, 1])
+    affine[1, 2] = 2 * numpy.tan(numpy.radians(degrees))
+    return affine
+
+
+@pytest.mark.parametrize("degrees", [0.5, 1, 15, -30])
+def test_gantry_tilt_is_refused_by_its_name(tmp_path, degrees):
+    path = write(tmp_path / "a.nii", nifti_bytes(hu_volume(), sheared(degrees), qform_code=0))
+    assert "gantry tilt?" in line_about(path)
+    # a qform can't say a shear, so it is no way out
+    write(path, nifti_bytes(hu_volume(), sheared(degrees), qform_code=1))
+    assert "gantry tilt?" in line_about(path)
+
+
+def test_oblique_axes_and_a_shear_of_rounding_size_are_accepted(tmp_path):
+    hu = hu_volume()
+    c, s = numpy.cos(0.3), numpy.sin(0.3)
+    turn = numpy.array([[1, 0, 0, 0], [0, c, -s, 0], [0, s, c, 0], [0, 0, 0, 1]])
+    for affine in (sheared(0.01), turn @ numpy.diag([-1.5, -1.5, 2.0, 1])):
+        volume = data.read_volume(write(tmp_path / "a.nii", nifti_bytes(hu, affine)))
+        assert numpy.array_equal(volume.hu, hu)
+        assert volume.spacing == pytest.approx((1.5, 1.5, 2))
+
+
+@pytest.mark.parametrize("unit, size", [(0, 1), (1, 1000), (2, 1), (3, 0.001), (10, 1), (9, 1000)])
+def test_metres_and_microns_become_mm(tmp_path, unit, size):
+    affine = numpy.diag([-1.5 / size, -1.5 / size, 2 / size, 1])
+    affine[:3, 3] = 30 / size
+    path = write(tmp_path / "a.nii", nifti_bytes(hu_volume(), affine, xyzt_units=unit))
+    volume = data.read_volume(path)
+    assert volume.spacing == pytest.approx((1.5, 1.5, 2))
+    assert volume.affine[:3, 3] == pytest.approx([30, 30, 30])
+
+
+def test_a_file_that_does_not_tell_its_orientation_is_read_as_nibabel_does_and_said(tmp_path):
+    hu, affine = chest()
+    path = write(tmp_path / "a.nii", nifti_bytes(hu, affine, qform_code=0, sform_code=0))
+    volume = data.read_volume(path)
+    assert numpy.array_equal(volume.hu, hu[:, ::-1]) and volume.spacing == (6, 6, 6)
+    (text,) = data.volume_problems(volume)
+    assert "orientation is a guess" in text
+    assert not data.volume_problems(data.read_volume(write(path, nifti_bytes(hu, affine))))
+
+
+HALF_TURN = {"quatern_b": 0, "quatern_c": 0, "quatern_d": 1}  # about z: x and y change their signs
+
+
+@pytest.mark.parametrize("fields", [
+    {"srow_x": 0, "srow_y": 0, "srow_z": 0},
+    {"srow_x": numpy.nan},
+    {"sform_code": 0},
+    {"sform_code": 0, "quatern_d": 1.000001},
+    {"sform_code": 0, "pixdim": [0, 1.5, 1.5, 2, 0, 0, 0, 0]},
+    {"sform_code": 0, "pixdim": [1, -1.5, -1.5, 2, 0, 0, 0, 0]},
+    {"qform_code": 0, "quatern_b": 9},
+])
+def test_of_qform_and_sform_the_valid_one_is_used(tmp_path, fields):
+    fields = {"qform_code": 1, **HALF_TURN} | fields
+    volume = data.read_volume(write(tmp_path / "a.nii", nifti_bytes(hu_volume(), **fields)))
+    assert numpy.array_equal(volume.hu, hu_volume()) and volume.oriented
+    assert volume.spacing == pytest.approx((1.5, 1.5, 2))
+
+
+@pytest.mark.parametrize("fields", [
+    {"pixdim": [1, 1.5, 1.5, 0, 0, 0, 0, 0], "sform_code": 0},
+    {"srow_x": 0, "qform_code": 0},
+    {"srow_x": numpy.inf, "qform_code": 0},
+    {"srow_x": [-1.5, 0, 0, numpy.nan], "qform_code": 0},
+    {"quatern_b": numpy.nan, "sform_code": 0},
+])
+def test_without_a_valid_affine_a_file_is_refused(tmp_path, fields):
+    fields = {"qform_code": 1} | fields
+    assert "singular" in line_about(write(tmp_path / "a.nii", nifti_bytes(hu_volume(), **fields)))
+
+
+# ---- good input
+
+def test_what_follows_a_gzip_stream_is_left_out_and_members_are_joined(tmp_path):
+    hu = hu_volume()
+    content = nifti_bytes(hu)
+    blocks = [gzip.compress(content[i:i + 99]) for i in range(0, len(content), 99)]  # as bgzip does
+    tails = [bytes(512), b"-- signature --", b"\x1f", gzip.compress(b"more"), gzip.compress(b"")]
+    streams = [b"".join(blocks), *(gzip.compress(content) + tail for tail in tails)]
+    for stream in streams:
+        path = write(tmp_path / "a.nii.gz", stream)
+        assert numpy.array_equal(data.read_volume(path).hu, hu)
+    damaged = bytearray(gzip.compress(content))
+    damaged[-6] ^= 1  # the checksum
+    assert "damaged?" in line_about(write(path, damaged))
+
+
+@pytest.mark.parametrize("more", [1, 2, 4])
+def test_trailing_axes_of_one_are_dropped_and_no_others(tmp_path, more):
+    hu = hu_volume()
+    path = write(tmp_path / "a.nii", nifti_bytes(hu.reshape(*hu.shape, *[1] * more)))
+    assert numpy.array_equal(data.read_volume(path).hu, hu)
+    assert "3D" in line_about(write(path, nifti_bytes(hu[None])))
+    assert "3D" in line_about(write(path, nifti_bytes(hu[..., None].repeat(2, 3))))
+
+
+def test_the_content_tells_what_a_file_is_not_its_name(tmp_path):
+    hu = hu_volume()
+    plain, zipped = nifti_bytes(hu), gzip.compress(nifti_bytes(hu))
+    archived = archive(hu.T.shape, hu.T[::-1].tobytes())
+    names = ["a.nii", "a.nii.gz", "A.NII.GZ", "a.npz", "0f3a9c", "a.b.c"]
+    for content in (plain, zipped, archived):
+        for name in names:
+            assert numpy.array_equal(data.read_volume(write(tmp_path / name, content)).hu, hu)
+
+
+@pytest.mark.parametrize("dtype", ["u1", "i1", "u2", "u4", "i4", "i8", "u8", "f4", "f8", ">f8"])
+def test_every_type_of_number_is_read_and_preprocessed(tmp_path, dtype):
+    hu = (hu_volume() % 100).astype(dtype)
+    path = write(tmp_path / "a.nii", nifti_bytes(hu))
+    volume = data.read_volume(path)
+    assert numpy.array_equal(volume.hu, hu)
+    data.volume_problems(volume)
+    out = data.preprocess(volume.hu, (1, 1, 1), (1, 1, 1), hu.shape)
+    assert numpy.array_equal(out, hu)
+
+
+@pytest.mark.parametrize("slope, intercept", [(0, 0), (0, -1024), (numpy.nan, numpy.nan), (1, 0)])
+def test_a_slope_of_zero_or_nan_means_no_scaling(tmp_path, slope, intercept):
+    content = nifti_bytes(hu_volume(), scl_slope=slope, scl_inter=intercept)
+    assert numpy.array_equal(data.read_volume(write(tmp_path / "a.nii", content)).hu, hu_volume())
+
+
+def test_the_links_of_a_hub_download_stay_in_its_manifest(tmp_path):
+    ct_rate_files(tmp_path / "hub", 2)
+    blobs = tmp_path / "blobs"
+    blobs.mkdir()
+    for i, file in enumerate(sorted((tmp_path / "hub").rglob("*.*"))):
+        file.rename(blobs / str(i))
+        file.symlink_to(blobs / str(i))
+    path = tmp_path / "m.csv"
+    data.write_manifest(data.ct_rate_manifest(tmp_path / "hub", "valid"), path)
+    first, _ = data.read_manifest(path)
+    assert first.path.name == "valid_1_a_1.nii.gz" and str(tmp_path) not in path.read_text()
+    assert numpy.array_equal(first.read().hu, hu_volume(seed=1))
+
+
+# ---- quiet
+
+def test_nothing_but_the_line_is_said(tmp_path, capfd):
+    huge = numpy.full((4, 4, 4), 1e300)
+    huge[0] = 1
+    contents = {
+        "slope": nifti_bytes(hu_volume(), scl_slope=1e38, scl_inter=0),
+        "overflow": nifti_bytes(huge, scl_slope=2, scl_inter=0),
+        "sform": nifti_bytes(hu_volume(), srow_x=1e38, sform_code=9, qform_code=-3),
+        "header": nifti_bytes(hu_volume(), sizeof_hdr=1, bitpix=3, pixdim=-1, magic=b"?"),
+    }
+    bad_files(tmp_path)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for name, content in contents.items():
+            line_about(write(tmp_path / f"{name}.nii", content))
+        for path in tmp_path.iterdir():
+            data.problems(data.Row("a", path))
+    assert not said and capfd.readouterr() == ("", "")
+
+
+def test_starting_is_quick_since_torch_is_not_imported():
+    code = "import sys, data; sys.exit('torch' in sys.modules)"
+    folder = Path(data.__file__).parent
+    assert subprocess.run([sys.executable, "-c", code], cwd=folder).returncode == 0
+
+
 # ---- preprocessing
 
 def central_slices(sizes, shape_out):
@@ -259,6 +601,28 @@ def test_preprocess_takes_one_slice_and_leaves_its_input_alone():
     before = hu.copy()
     assert data.preprocess(hu, (1, 1, 5), (1, 1, 1), (9, 9, 5)).std(axis=2).max() == 0
     assert numpy.array_equal(hu, before)
+
+
+@pytest.mark.parametrize("padding", [-1025, -2000, -3024, -32768])
+def test_padding_outside_the_field_of_view_is_air_before_it_is_interpolated(padding):
+    hu = hu_volume()
+    hu[:7] = -1024
+    padded = hu.copy()
+    padded[:7] = padding
+    outs = [data.preprocess(each, (3, 3, 5), (2, 2, 5), (30, 30, 16)) for each in (hu, padded)]
+    assert numpy.array_equal(*outs)
+
+
+@pytest.mark.parametrize("value", [1e30, -1e30, 3e38, -3e38, 1e300, 70000, 2**40])
+def test_a_voxel_beyond_int16_changes_its_neighbours_alone(value):
+    hu = hu_volume().astype(numpy.float64)
+    spike = hu.copy()
+    spike[9, 9, 9] = value
+    outs = [data.preprocess(each, (1, 1, 1), (0.8, 0.8, 0.8), (25, 22, 20)) for each in (hu, spike)]
+    (x, y, z) = numpy.nonzero(outs[0] != outs[1])
+    assert 0 < len(x) < 64
+    assert max(abs(axis * 0.8 - 9).max() for axis in (x, y, z)) < 1
+    assert (outs[1][11, 11, 11] == 1000) == (value > 0)
 
 
 # ---- manifest
