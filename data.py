@@ -205,7 +205,7 @@ def _voxels(read, start, shape, dtype, order):
     count = math.prod(shape)
     end = start + count * dtype.itemsize
     if end > MOST_BYTES:
-        raise ValueError(f"a volume of shape {tuple(shape)} is over {MOST_BYTES >> 30} GiB")
+        raise ValueError(f"shape {tuple(shape)} from byte {start} on is over {MOST_BYTES >> 30} GiB")
     content = read(end + 1)  # 1 more, so that the checksum behind the voxels is read, too
     if len(content) < end:
         raise ValueError(f"cut short: {len(content)} of {end} bytes are there")

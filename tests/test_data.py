@@ -668,6 +668,78 @@ def test_what_is_wrong_in_a_manifest_is_named(tmp_path, header, lines, said):
         data.read_manifest(write_manifest(tmp_path, lines, header))
 
 
+SECRET = "Mass in the left lobe"
+
+
+@pytest.mark.parametrize("header, line", [
+    ("name,path,report", f"a,a.nii,Nodule, {SECRET}."),
+    ("name,path", f"a,a.nii,{SECRET}"),
+    ("name,path,report", f'a,a.nii,"{SECRET}'),
+    ("name,path,report", f'a,a.nii,"{SECRET}" and more'),
+    ("name,path,report", f"a,a.nii,{SECRET}\0"),
+    ("name,path", f"{SECRET}/{SECRET},a.nii"),
+    ("name,path", f"{SECRET * 20},a.nii"),
+    ("name,path", f'a,"{SECRET}\n{SECRET}"'),
+    ("name,path", f"{SECRET},a.nii\n{SECRET},b.nii"),
+    ("name,path,slope", f"a,a.nii,{SECRET}"),
+    ("name,path,intercept", f"a,a.nii,{SECRET}"),
+    ("name,path,spacing_x", f"a,a.nii,{SECRET}"),
+    ("name,path,label:Cyst", f"a,a.nii,{SECRET}"),
+    (f"a,a.nii,{SECRET}", f"b,b.nii,{SECRET}"),
+    ("name;path;report", f"a;a.nii;{SECRET}"),
+])
+def test_a_wrong_line_is_named_and_no_cell_of_a_manifest_is_quoted(tmp_path, header, line):
+    with pytest.raises(ValueError) as caught:
+        data.read_manifest(write_manifest(tmp_path, [line], header))
+    message = str(caught.value)
+    assert message.startswith(str(tmp_path / "manifest.csv"))
+    assert "Mass" not in message and message.isprintable()
+    with pytest.raises(ValueError) as caught:
+        path = write_manifest(tmp_path, [f"a,a.nii,{SECRET}"], "name,path,split")
+        data.read_manifest(path, "valid")
+    assert "Mass" not in str(caught.value)
+
+
+def test_no_row_of_a_manifest_is_lost(tmp_path):
+    path = write_manifest(tmp_path, ['b,b.nii,"Mass of 2" in size."', "c,c.nii,Cyst."], HEADER)
+    with pytest.raises(ValueError, match="not a CSV file"):
+        data.read_manifest(path)
+    path = write_manifest(tmp_path, ['a,a.nii,"Nodule', "b,b.nii,None.", "c,c.nii,Cyst."], HEADER)
+    with pytest.raises(ValueError, match="not a CSV file"):
+        data.read_manifest(path)
+    path = write_manifest(tmp_path, ["a,a.nii,None.", "b,b.nii,Nodule, small."], HEADER)
+    with pytest.raises(ValueError, match="manifest.csv, row 3: has more cells than the header"):
+        data.read_manifest(path)
+
+
+HEADER = "name,path,report"
+
+
+def test_a_manifest_of_a_spreadsheet_is_read(tmp_path):
+    text = 'name,path,report,\r\na,a.nii,"Nodule, 5"" wide.\r\nCyst.",\r\nb,b.nii\r\n'
+    path = write(tmp_path / "m.csv", text.encode("utf-8-sig"))
+    a, b = data.read_manifest(path)
+    assert (a.name, a.report) == ("a", 'Nodule, 5" wide.\r\nCyst.')
+    assert (b.name, b.path, b.report) == ("b", tmp_path / "b.nii", "")
+
+
+@pytest.mark.parametrize("name", [
+    "", ".", "..", "../x", "/x", "a/b", "a\\b", "a" * 201, "\u00e4" * 101, "a\x1bb", "a\tb",
+])
+def test_a_name_that_can_not_be_a_files_is_refused(tmp_path, name):
+    path = tmp_path / "m.csv"
+    data.write_csv(path, [["name", "path"], [name, "a.nii"]])
+    with pytest.raises(ValueError, match="m.csv, row 2: the name can't be a file's"):
+        data.read_manifest(path)
+
+
+def test_the_longest_name_has_a_file_in_the_cache(tmp_path):
+    save_nifti(tmp_path / "a.nii", hu_volume())
+    rows = data.read_manifest(write_manifest(tmp_path, ["\u00e4" * 100 + ",a.nii"]))
+    ready, _ = data.prepare(rows, data.Cache(tmp_path / "cache", (2, 2, 2), (8, 8, 8)))
+    assert ready == rows
+
+
 def test_an_unknown_split_and_a_foreign_encoding_are_named(tmp_path):
     path = write_manifest(tmp_path, ["a,a.nii,train"], "name,path,split")
     with pytest.raises(ValueError, match="has no rows of the split 'test'"):
@@ -764,6 +836,13 @@ LABELS = "multi_abnormality_labels/valid_predicted_labels.csv"
     (REPORTS, "valid_1_a_1", "scan", "row 2 of the reports: CT-RATE's volumes are named"),
     (METADATA, "valid_1_a_1", "valid_9_a_1", "the metadata has no row for valid_1_a_1.nii.gz"),
     (METADATA, "[1.5, 1.5]", "[1.5]", "valid_1_a_1.nii.gz: XYSpacing is not two numbers"),
+    (METADATA, "[1.5, 1.5]", "[1.5, ]", "valid_1_a_1.nii.gz: XYSpacing is not two numbers"),
+    (METADATA, "[1.5, 1.5]", "[1.5, 1, 1]", "valid_1_a_1.nii.gz: XYSpacing is not two numbers"),
+    (METADATA, "[1.5, 1.5]", "[nan, 1]", "valid_1_a_1.nii.gz: XYSpacing is no number"),
+    (METADATA, "[1.5, 1.5]", "[-1, 1]", "valid_1_a_1.nii.gz: XYSpacing is no number"),
+    (METADATA, "[1.5, 1.5]", "[" * 10**5, "valid_1_a_1.nii.gz: XYSpacing is not two numbers"),
+    (METADATA, "[1.5, 1.5]", "9**9**9,1", "valid_1_a_1.nii.gz: XYSpacing is no number"),
+    (METADATA, "1,-1024", "inf,-1024", "valid_1_a_1.nii.gz: slope is no number"),
     (METADATA, "-1024", "none", "valid_1_a_1.nii.gz: intercept is no number"),
     (LABELS, "1,0", "2,0", "valid_1_a_1.nii.gz: Arterial wall calcification is none"),
 ])
@@ -773,6 +852,14 @@ def test_what_is_wrong_in_the_tables_of_ct_rate_is_named(tmp_path, table, old, n
     path.write_text(path.read_text().replace(old, new))
     with pytest.raises(ValueError, match=said):
         data.ct_rate_manifest(tmp_path, "valid")
+
+
+def test_what_is_wrong_in_the_tables_of_rad_chestct_is_named_by_its_row(tmp_path):
+    path = tmp_path / "imgtest_Abnormality_and_Location_Labels.csv"
+    data.write_csv(path, [["NoteAcc_DEID", "nodule*lung"], ["a", 1], [SECRET, "yes"]])
+    with pytest.raises(ValueError, match="Labels.csv, row 3: nodule.lung is none of") as caught:
+        data.rad_chestct_manifest(tmp_path, "test")
+    assert SECRET not in str(caught.value)
 
 
 def test_rad_chestct_locations_fold_to_findings_and_findings_to_classes(tmp_path):
@@ -832,6 +919,36 @@ def test_check_lists_every_kind_of_problem_and_passes_a_good_scan(tmp_path, caps
     assert "no such file" in said["absent"]
 
 
+def test_what_looks_wrong_in_a_volume_is_said_of_a_single_scan_too(tmp_path):
+    hu, affine = chest()
+    volume = data.read_volume(save_nifti(tmp_path / "a.nii", hu, affine))
+    assert data.volume_problems(volume) == []
+    wrapped = hu.astype(numpy.uint16)
+    (text,) = data.volume_problems(data.Volume(wrapped, volume.spacing, volume.affine))
+    assert "stored as unsigned" in text and "40 to 65535" not in text
+    head = numpy.where(hu < -500, 40, hu)
+    head[:5] = -1000
+    (text,) = data.volume_problems(data.Volume(head, volume.spacing, volume.affine))
+    assert "no lung in view?" in text
+    (text, *_) = data.volume_problems(data.Volume(hu, (0.6, 6, 6), volume.affine))
+    assert "spacing missing or wrong?" in text
+
+
+def test_check_and_prepare_go_on_after_any_bad_file(tmp_path, capsys):
+    save_nifti(tmp_path / "good.nii", *chest())
+    names = ["good.nii"]
+    for name, (content, _) in promising_files().items():
+        names.append(write(tmp_path / name, content).name)
+    names += ["a" * 300, ".", "absent.npz"]
+    path = write_manifest(tmp_path, [f"n{i},{name}" for i, name in enumerate(names)])
+    assert data.main(["check", str(path)]) == 1
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == f"{len(names)} volumes, {len(names) - 1} with a problem"
+    data.main(f"prepare {path} --out {tmp_path}/cache --shape 8 8 8".split())
+    skipped = data.read_csv(tmp_path / "cache" / "skipped.csv", "name", "reason")
+    assert [line["name"] for line in skipped] == [f"n{i}" for i in range(1, len(names))]
+
+
 def test_prepare_skips_lists_and_counts_bad_volumes_and_replaces_none(tmp_path, capsys):
     bad_files(tmp_path)
     names = ["good", "truncated", "text", "flat", "time", "constant", "nan", "absent"]
@@ -873,15 +990,103 @@ def test_a_cache_with_other_settings_is_refused(tmp_path):
         data.Cache(tmp_path / "cache", (3, 3, 3), (8, 8, 8))
 
 
-def test_shards_share_the_work_without_overlap(tmp_path):
+def test_shards_share_the_work_without_overlap_and_each_lists_what_it_skipped(tmp_path):
     names = [f"v{i}" for i in range(5)]
-    for name in names:
+    for name in names[:3]:
         save_nifti(tmp_path / f"{name}.nii.gz", hu_volume())
     path = manifest_of(tmp_path, names)
-    for shard, count in (("1/2", 3), ("2/2", 5)):
+    for shard, count in (("1/2", 2), ("2/2", 3)):
         command = f"prepare {path} --out {tmp_path}/cache --shape 8 8 8 --shard {shard}"
         data.main(command.split())
         assert len(cached(tmp_path)) == count
+    for shard, name in (("1of2", "v4"), ("2of2", "v3")):
+        (line,) = data.read_csv(tmp_path / "cache" / f"skipped.{shard}.csv", "name", "reason")
+        assert line["name"] == name and "no such file" in line["reason"]
+
+
+def test_the_list_of_the_skipped_holds_what_still_is_skipped_and_nothing_else(tmp_path):
+    a, b = data.read_manifest(manifest_of(tmp_path, "ab"))
+    cache = data.Cache(tmp_path / "cache", (2, 2, 2), (8, 8, 8))
+
+    def listed():
+        return [line["name"] for line in data.read_csv(cache.folder / "skipped.csv")]
+
+    data.prepare([a], cache)
+    data.prepare([b], cache)
+    assert listed() == ["a", "b"]
+    save_nifti(a.path, hu_volume())
+    assert data.prepare([a, b], cache)[0] == [a]
+    assert listed() == ["b"]
+
+
+def test_manifests_that_name_different_scans_alike_can_share_a_cache(tmp_path):
+    caches, volumes = data.Cache(tmp_path / "cache", (1, 1, 1), (8, 8, 8)), []
+    for seed, folder in enumerate([tmp_path / "one", tmp_path / "two"]):
+        folder.mkdir()
+        save_nifti(folder / "case1.nii.gz", hu_volume((8, 8, 8), seed), numpy.diag([-1, -1, 1, 1]))
+        ready, _ = data.prepare(data.read_manifest(manifest_of(folder, ["case1"])), caches)
+        volumes.append(caches.read(ready[0]))
+    assert numpy.array_equal(volumes[0], hu_volume((8, 8, 8), 0))
+    assert numpy.array_equal(volumes[1], hu_volume((8, 8, 8), 1))
+
+
+def test_names_that_differ_after_their_dots_have_files_of_their_own(tmp_path):
+    rows = [data.Row(f"1.2.3.{i}", tmp_path / "a.nii") for i in range(9)]
+    cache = data.Cache(tmp_path / "cache")
+    assert len({cache.path(row) for row in rows}) == 9
+    assert all(cache.path(row).name.startswith(f"{row.name}.") for row in rows)
+
+
+def test_a_cache_can_be_moved_with_its_manifest_and_used_without_the_scans(tmp_path, monkeypatch):
+    before, after = tmp_path / "before", tmp_path / "after"
+    before.mkdir()
+    save_nifti(before / "a.nii.gz", hu_volume())
+    rows = data.read_manifest(manifest_of(before, "a"))
+    data.prepare(rows, data.Cache(before / "cache", (2, 2, 2), (8, 8, 8)))
+    before.rename(after)
+    (after / "a.nii.gz").unlink()
+    monkeypatch.chdir(after)
+    for manifest, cache in ((after / "manifest.csv", after / "cache"), ("manifest.csv", "cache")):
+        cache = data.Cache(cache, (2, 2, 2), (8, 8, 8))
+        assert all(map(cache.holds, data.read_manifest(manifest)))
+
+
+def test_prepare_sweeps_what_killed_runs_left_and_nothing_else(tmp_path):
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    left = [folder / f".a.npy.{gone.pid}.tmp", folder / f".skipped.csv.{gone.pid}.tmp"]
+    stay = [folder / f".a.npy.{os.getpid()}.tmp", folder / ".a.npy.tmp", folder / "a.1.tmp",
+            folder / f".a.{10**30}.tmp"]
+    for file in left + stay:
+        file.touch()
+    save_nifti(tmp_path / "a.nii.gz", hu_volume())
+    prepare = f"prepare {manifest_of(tmp_path, 'a')} --out {folder} --shape 8 8 8".split()
+    data.main([*prepare, "--shard", "1/2"])  # the others may be written on another machine now
+    assert all(file.exists() for file in left)
+    data.main(prepare)
+    assert not any(file.exists() for file in left) and all(file.exists() for file in stay)
+
+
+@pytest.mark.parametrize("option", [
+    "--shape 0 0 0", "--shape 8 8 -8", "--shape 99999 99999 9", "--shape 8 8 x",
+    "--hu-range 1000 -1000", "--hu-range 0 0", "--hu-range -40000 0", "--hu-range 0 40000",
+    "--spacing 0 1 1", "--spacing nan 1 1", "--spacing 1 nan 1", "--spacing inf 1 1",
+    "--spacing 1 1 -1", "--spacing 1 1 1e-9", "--workers 0", "--workers -1", "--workers 99999",
+    "--workers 1.5", "--shard 0/4",
+])
+def test_impossible_settings_are_refused_before_anything_is_written(tmp_path, capsys, option):
+    save_nifti(tmp_path / "a.nii.gz", hu_volume())
+    path = manifest_of(tmp_path, "a")
+    command = ["prepare", str(path), "--out", str(tmp_path / "cache"), *option.split()]
+    try:
+        status = data.run_command(lambda: data.main(command))
+    except SystemExit as stop:
+        status = stop.code
+    assert status == 2 and not (tmp_path / "cache").exists()
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "error: " in last and len(last) < 300
 
 
 @pytest.mark.parametrize("shard", ["0/2", "3/2", "x", "1/2/3"])
@@ -909,6 +1114,65 @@ def test_a_killed_prepare_is_finished_by_the_same_command(tmp_path):
         assert numpy.load(file, allow_pickle=False).shape == (96, 96, 96)
     assert subprocess.run(command, capture_output=True).returncode == 0
     assert len(cached(tmp_path)) == 40
+
+
+# ---- mutations
+
+def mutations(content, count, region, seed):
+    """Mutants of a file: bytes changed, most of them in its first `region`, cut, doubled, moved."""
+    random = numpy.random.default_rng(seed)
+    for i in range(count):
+        mutant = bytearray(content)
+        where = random.integers(region if i % 4 else len(content), size=random.integers(1, 5))
+        values = random.choice([0, 1, 0x7F, 0x80, 0xFF, *random.integers(0, 256, 5)], len(where))
+        for at, value in zip(where, values):
+            mutant[at] = value
+        if i % 5 == 0:
+            at = random.integers(len(content))
+            mutant[at:] = random.choice([b"", content[:at], b"\0" * 99, content[at // 2:]])
+        yield bytes(mutant)
+
+
+@pytest.mark.parametrize("name", ["a.nii", "b.nii", "a.nii.gz", "a.npz", "b.npz"])
+def test_a_damaged_volume_is_a_volume_or_one_line(tmp_path, capfd, peak, name):
+    hu = hu_volume((8, 7, 6))
+    content = {
+        "a.nii": nifti_bytes(hu), "b.nii": nifti_bytes(hu, kind=nibabel.Nifti2Image),
+        "a.nii.gz": gzip.compress(nifti_bytes(hu), 0), "a.npz": archive(hu.shape, hu.tobytes()),
+    }.get(name)
+    if content is None:
+        numpy.savez(tmp_path / name, ct=hu)
+        content = (tmp_path / name).read_bytes()
+    path, refused = tmp_path / name, 0
+    for mutant in mutations(content, 300, min(540, len(content)), seed=0):
+        path.write_bytes(mutant)
+        try:
+            volume = data.read_volume(path)
+        except ValueError as error:
+            refused += 1
+            assert str(error).startswith(f"{path}: ") and str(error).isprintable()
+            continue
+        assert volume.hu.ndim == 3 and numpy.isfinite(volume.hu).all()
+        data.volume_problems(volume)
+        data.preprocess(volume.hu, volume.spacing, (3, 3, 3), (8, 8, 8))
+    assert refused > 30 and peak() < 2**26
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_damaged_manifest_is_a_manifest_or_one_line_that_quotes_nothing(tmp_path):
+    header = "name,path,split,report,slope,spacing_x,label:Cyst\n"
+    lines = [f'n{i},n{i}.nii,train,"{SECRET}, wide",1,0.7,{i % 2}\n' for i in range(6)]
+    content, refused = (header + "".join(lines)).encode(), 0
+    path = tmp_path / "m.csv"
+    for mutant in mutations(content, 600, len(content), seed=0):
+        path.write_bytes(mutant)
+        try:
+            data.read_manifest(path)
+        except ValueError as error:
+            refused += 1
+            assert str(error).startswith(str(path)) and str(error).isprintable()
+            assert "left lobe" not in str(error)
+    assert refused > 100
 
 
 # ---- texts and training pairs
