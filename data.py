@@ -130,7 +130,7 @@ def _read_volume(path, slope, intercept, spacing):
     if not path.is_file():
         raise ValueError("no such file")
     if path.stat().st_size > MOST_BYTES:
-        raise ValueError(f"a file of more than {MOST_BYTES >> 30} GiB")
+        raise ValueError("a file of more than 2 GiB")
     content = path.read_bytes()
     read = _read_npz if content[:2] == b"PK" else _read_nifti
     stored, affine, oriented, header_scaling = read(content)
@@ -146,7 +146,7 @@ def _read_npz(content):
     """RAD-ChestCT's array (Z, Y, X) in HU, axis 0 from head to feet, 0.8 mm."""
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         member = archive.getinfo("ct.npy")
-        if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        if member.compress_type not in (0, 8):  # stored, deflated; others unpack without bound
             raise ValueError("its compression is none that numpy writes")
         with archive.open(member) as file:
             numpy.lib.format.read_magic(file)
@@ -196,20 +196,19 @@ def _unpack(content, size):
 
 def _voxels(read, start, shape, dtype, order):
     """The array (X, Y, Z) that starts at a byte of read(size), which gives the first bytes."""
-    while len(shape) > 3 and shape[-1] == 1:  # a time axis with one entry
-        shape = shape[:-1]
+    if set(shape[3:]) == {1}:  # a time axis with one entry
+        shape = shape[:3]
     if len(shape) != 3 or min(shape) < 1:
         raise ValueError(f"a 3D volume is needed, this one has shape {tuple(shape)}")
     if dtype.kind not in "iuf" or dtype.itemsize > 8:
         raise ValueError(f"voxels of type {dtype} are not numbers")
-    count = math.prod(shape)
-    end = start + count * dtype.itemsize
+    end = start + math.prod(shape) * dtype.itemsize
     if end > MOST_BYTES:
-        raise ValueError(f"shape {tuple(shape)} from byte {start} on is over {MOST_BYTES >> 30} GiB")
+        raise ValueError(f"shape {tuple(shape)} from byte {start} on makes over 2 GiB")
     content = read(end + 1)  # 1 more, so that the checksum behind the voxels is read, too
     if len(content) < end:
         raise ValueError(f"cut short: {len(content)} of {end} bytes are there")
-    stored = numpy.frombuffer(content, dtype, count, start).reshape(shape, order=order)
+    stored = numpy.frombuffer(memoryview(content)[start:end], dtype).reshape(shape, order=order)
     return stored.astype(dtype.newbyteorder("="), copy=False)
 
 
@@ -227,7 +226,8 @@ def _affine(header):
         if abs(numpy.linalg.det(affine)) > 1e-6 * math.prod(sizes):  # never of NaN
             break
     else:
-        raise ValueError("its affine is singular, so the orientation is unknown")
+        raise ValueError("its affine is singular, so the orientation is unknown; "
+                         "neither sform nor qform is valid")
     axes = affine[:3, :3] / sizes
     if abs(axes.T @ axes - numpy.eye(3)).max() > 0.002:  # sheared by a mm or more in a chest
         raise ValueError("its axes are not at right angles: gantry tilt? dcm2niix writes a "
@@ -245,8 +245,7 @@ def _to_lps(array, affine):
 
 
 def _to_hu(stored, slope, intercept):
-    slope = 1.0 if slope is None else slope
-    intercept = intercept or 0.0
+    slope, intercept = slope or 1.0, intercept or 0.0
     hu = stored
     if slope != 1 or intercept != 0:
         hu = stored.astype(numpy.float32) * numpy.float32(slope) + numpy.float32(intercept)
@@ -260,10 +259,8 @@ def _to_hu(stored, slope, intercept):
 def _replace_spacing(spacing, affine):
     """The spacing, with the affine's own where it is None, and the affine for it."""
     own = nibabel.affines.voxel_sizes(affine)
-    if spacing is None:
-        spacing = own
-    spacing = [size if given is None else given for given, size in zip(spacing, own)]
-    spacing = tuple(map(float, spacing))
+    given = own if spacing is None else spacing
+    spacing = tuple(float(size or old) for size, old in zip(given, own))
     if not all(0.01 <= size <= 100 for size in spacing):
         raise ValueError(f"its voxels measure {spacing} mm, 0.01 to 100 are possible; "
                          "spacing missing, or its unit wrong?")
@@ -374,13 +371,12 @@ def read_manifest(path, split=None):
         where = f"{path}, row {number}"
         _check_name(line["name"], names, where)
         names.add(line["name"])
-        if not re.fullmatch(r"[^\x00-\x1f]+", line["path"]):
-            raise ValueError(f"{where}: the path is empty, or more than one line")
+        if not re.fullmatch(r"[^\x00-\x20]+|[^\x00-\x1f]+\.[A-Za-z]\w{0,4}", line["path"]):
+            raise ValueError(f"{where}: the path is empty, or a text without a suffix")
         if split in (None, line.get("split", "")):
             rows.append(_row(line, path.parent, where))
     if not rows:
-        of_split = f" of the split '{split}'" if split else ""
-        raise ValueError(f"{path}: has no rows{of_split}")
+        raise ValueError(f"{path}: has no rows (split: {split or 'any'})")
     return rows
 
 
@@ -587,9 +583,10 @@ def _find_by_header(root, columns):
     """The first CSV with these columns, or None."""
     files = [*root.glob("*.csv"), *root.glob("multi_abnormality_labels/*.csv")]
     for file in sorted(files):
-        with open(file, encoding="utf-8-sig", newline="", errors="replace") as lines:
-            if set(columns) <= set(lines.readline(1 << 16).replace('"', "").strip().split(",")):
-                return file
+        with open(file, encoding="utf-8-sig", errors="replace") as lines:
+            header = lines.readline(1 << 16)
+        if all(column in header for column in columns):
+            return file
     return None
 
 
@@ -707,6 +704,8 @@ class Cache:
             write_atomically(self.path(row), content.getbuffer())
         except ValueError as error:
             return str(error)
+        except (MemoryError, RuntimeError):  # what numpy and torch raise
+            return f"{row.path}: too large for the memory of this machine"
 
     def read(self, row):
         """A row's volume as a read-only int16 memory map (X, Y, Z)."""
@@ -734,14 +733,18 @@ def prepare(rows, cache, workers=None, listing="skipped.csv"):
     reasons = {row.name: reason for row, reason in zip(todo, reasons)}
     skipped = [item for item in reasons.items() if item[1]]
     listing = cache.folder / listing
-    lines = read_csv(listing, "name", "reason") if listing.exists() else []
-    if lines or skipped:
-        others = [line.values() for line in lines if line["name"] not in reasons]
-        write_csv(listing, [("name", "reason"), *others, *skipped])
+    _update_listing(listing, reasons, skipped)
     if skipped:
         print(f"{len(skipped)} volumes skipped, the first: {skipped[0][1]}; all in {listing}",
               file=sys.stderr)
     return [row for row in rows if not reasons.get(row.name)], skipped
+
+
+def _update_listing(listing, tried, skipped):
+    lines = read_csv(listing, "name", "reason") if listing.exists() else []
+    if lines or skipped:
+        others = [line.values() for line in lines if line["name"] not in tried]
+        write_csv(listing, [("name", "reason"), *others, *skipped])
 
 
 # ---- 6. Texts and training pairs -----------------------------------------------------------------
@@ -859,8 +862,6 @@ def read_csv(path, *needed):
     csv.field_size_limit(1 << 24)
     try:
         text = Path(path).read_bytes().decode("utf-8-sig")
-        if "\0" in text:
-            raise csv.Error("it holds NUL bytes")
         reader = csv.DictReader(io.StringIO(text, newline=""), restval="", strict=True)
         missing = set(needed) - set(reader.fieldnames or [])
         if missing:

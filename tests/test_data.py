@@ -676,10 +676,12 @@ SECRET = "Mass in the left lobe"
     ("name,path", f"a,a.nii,{SECRET}"),
     ("name,path,report", f'a,a.nii,"{SECRET}'),
     ("name,path,report", f'a,a.nii,"{SECRET}" and more'),
-    ("name,path,report", f"a,a.nii,{SECRET}\0"),
+    ("name,path,report", f"a\0,a.nii,{SECRET}"),
+    ("name,path,report", f"a,a\0.nii,{SECRET}"),
     ("name,path", f"{SECRET}/{SECRET},a.nii"),
     ("name,path", f"{SECRET * 20},a.nii"),
     ("name,path", f'a,"{SECRET}\n{SECRET}"'),
+    ("name,path,report", f"a,{SECRET}.,a.nii"),
     ("name,path", f"{SECRET},a.nii\n{SECRET},b.nii"),
     ("name,path,slope", f"a,a.nii,{SECRET}"),
     ("name,path,intercept", f"a,a.nii,{SECRET}"),
@@ -742,7 +744,7 @@ def test_the_longest_name_has_a_file_in_the_cache(tmp_path):
 
 def test_an_unknown_split_and_a_foreign_encoding_are_named(tmp_path):
     path = write_manifest(tmp_path, ["a,a.nii,train"], "name,path,split")
-    with pytest.raises(ValueError, match="has no rows of the split 'test'"):
+    with pytest.raises(ValueError, match=r"has no rows \(split: test\)"):
         data.read_manifest(path, "test")
     (tmp_path / "latin.csv").write_bytes("name,path\nä,b".encode("latin-1"))
     with pytest.raises(ValueError, match="latin.csv: not a CSV file in UTF-8"):
@@ -939,7 +941,7 @@ def test_check_and_prepare_go_on_after_any_bad_file(tmp_path, capsys):
     names = ["good.nii"]
     for name, (content, _) in promising_files().items():
         names.append(write(tmp_path / name, content).name)
-    names += ["a" * 300, ".", "absent.npz"]
+    names += ["a" * 300, ".", "absent.npz", "a scan.dcm"]
     path = write_manifest(tmp_path, [f"n{i},{name}" for i, name in enumerate(names)])
     assert data.main(["check", str(path)]) == 1
     last = capsys.readouterr().out.splitlines()[-1]
@@ -1028,6 +1030,16 @@ def test_manifests_that_name_different_scans_alike_can_share_a_cache(tmp_path):
         volumes.append(caches.read(ready[0]))
     assert numpy.array_equal(volumes[0], hu_volume((8, 8, 8), 0))
     assert numpy.array_equal(volumes[1], hu_volume((8, 8, 8), 1))
+
+
+def test_a_volume_for_which_the_memory_is_too_small_is_skipped(tmp_path, monkeypatch):
+    def fail(*arguments, **settings):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    save_nifti(tmp_path / "a.nii.gz", hu_volume())
+    monkeypatch.setattr(data, "preprocess", fail)
+    (row,) = data.read_manifest(manifest_of(tmp_path, "a"))
+    assert "too large for the memory" in data.Cache(tmp_path / "cache").add(row)
 
 
 def test_names_that_differ_after_their_dots_have_files_of_their_own(tmp_path):
