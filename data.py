@@ -24,9 +24,7 @@ Example:
     assert volume.shape == (1, 64, 64, 32) and text == "A nodule." and not skipped
 """
 import argparse
-import ast
 import csv
-import gzip
 import hashlib
 import io
 import json
@@ -35,14 +33,15 @@ import os
 import re
 import shutil
 import sys
+import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 
 import nibabel
 import numpy
-import torch
 from tqdm import tqdm
 
 CT_RATE = [
@@ -99,66 +98,142 @@ class Volume:
     hu: numpy.ndarray      # (X, Y, Z), axes to the patient's Left, Posterior, Superior
     spacing: tuple         # (x, y, z) in mm
     affine: numpy.ndarray  # (4, 4), voxel of `hu` -> mm in NIfTI's world, where x points Right
+    oriented: bool = True  # False: the file doesn't say where its axes point, which is a guess then
+
+
+MOST_BYTES = 2**31  # of a file, and of its voxels
+PIECE = 2**18       # bytes of a gzip stream that are unpacked at a time
+GZIP = b"\x1f\x8b"
 
 
 def read_volume(path, slope=None, intercept=None, spacing=None):
     """Read .nii, .nii.gz or RAD-ChestCT's .npz as a Volume, turned to LPS by its affine.
 
-    HU = stored value * slope + intercept. If either is given, the scaling in the file's header is
-    ignored, so that a volume is never rescaled twice. spacing (x, y, z) in mm replaces the file's;
-    an entry of None leaves the file's. Raises ValueError, which names the file, where it is
-    missing, damaged, not 3D, constant, or holds NaN.
+    The content tells which of them it is, not the name. HU = stored value * slope + intercept. If
+    either is given, the scaling in the file's header is ignored, so that a volume is never rescaled
+    twice. spacing (x, y, z) in mm replaces the file's; an entry of None leaves the file's.
+
+    Raises ValueError, one line that names the file, for every file that isn't such a volume:
+    missing, damaged, shorter or larger than its header says, over 2 GiB, not 3D, sheared, constant,
+    with NaN. No more memory is taken than the file's own bytes can fill.
     """
     path = Path(path)
     try:
-        stored, affine, header_scaling = _read_file(path)
-        stored, affine = _to_lps(stored, affine)
-        if slope is None and intercept is None:
-            slope, intercept = header_scaling
-        hu = _to_hu(stored, slope, intercept)
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file") from None
-    except (EOFError, OSError, zlib.error, KeyError, ValueError,
-            nibabel.filebasedimages.ImageFileError,
-            nibabel.spatialimages.HeaderDataError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{path}: {reason}") from None
-    spacing, affine = _replace_spacing(spacing, affine)
-    return Volume(hu, spacing, affine)
+        with numpy.errstate(all="ignore"):
+            return _read_volume(path, slope, intercept, spacing)
+    except Exception as error:  # whatever a library makes of a foreign file, MemoryError too
+        reason = str(error) if isinstance(error, ValueError) else f"damaged? {error!r}"
+        raise ValueError(f"{path}: {' '.join(reason.split())[:300]}") from None
 
 
-def _read_file(path):
-    """The array (X, Y, Z) as it is stored, its affine, the header's (slope, intercept)."""
-    if path.suffix == ".npz":  # RAD-ChestCT: (Z, Y, X) in HU, axis 0 from head to feet, 0.8 mm
-        with numpy.load(path, allow_pickle=False) as archive:
-            stored = archive["ct"].T[:, :, ::-1]
-        affine = numpy.diag([-0.8, -0.8, 0.8, 1.0])
-        scaling = (1.0, 0.0)
-    elif path.name.endswith((".nii", ".nii.gz")):
-        stored, affine, scaling = _read_nifti(path)
-    else:
-        raise ValueError("not a .nii, .nii.gz or .npz file")
-    if stored.shape[3:] == (1,):  # a time axis with one entry
-        stored = stored[..., 0]
-    if stored.ndim != 3:
-        raise ValueError(f"a 3D volume is needed, this one has shape {stored.shape}")
-    return stored, affine, scaling
-
-
-def _read_nifti(path):
+def _read_volume(path, slope, intercept, spacing):
+    if not path.is_file():
+        raise ValueError("no such file")
+    if path.stat().st_size > MOST_BYTES:
+        raise ValueError("a file of more than 2 GiB")
     content = path.read_bytes()
-    if path.suffix == ".gz":
-        content = gzip.decompress(content)  # one call that frees the GIL: threads run side by side
-    if len(content) < 348:
-        raise ValueError("too short for a NIfTI header")
-    kind = nibabel.Nifti2Image if content[4:7] == b"n+2" else nibabel.Nifti1Image
-    image = kind.from_bytes(content)
-    affine = image.affine
-    if not numpy.isfinite(affine).all() or abs(numpy.linalg.det(affine[:3, :3])) < 1e-9:
-        raise ValueError("its affine is singular, so the orientation is unknown")
-    stored = image.dataobj.get_unscaled()
-    stored = stored.astype(stored.dtype.newbyteorder("="), copy=False)
-    return stored, affine, (image.dataobj.slope, image.dataobj.inter)
+    read = _read_npz if content[:2] == b"PK" else _read_nifti
+    stored, affine, oriented, header_scaling = read(content)
+    stored, affine = _to_lps(stored, affine)
+    if slope is None and intercept is None:
+        slope, intercept = header_scaling
+    hu = _to_hu(stored, slope, intercept)
+    spacing, affine = _replace_spacing(spacing, affine)
+    return Volume(hu, spacing, affine, oriented)
+
+
+def _read_npz(content):
+    """RAD-ChestCT's array (Z, Y, X) in HU, axis 0 from head to feet, 0.8 mm."""
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        member = archive.getinfo("ct.npy")
+        if member.compress_type not in (0, 8):  # stored, deflated; others unpack without bound
+            raise ValueError("its compression is none that numpy writes")
+        with archive.open(member) as file:
+            numpy.lib.format.read_magic(file)
+            shape, fortran, dtype = numpy.lib.format.read_array_header_1_0(file)
+            stored = _voxels(file.read, 0, shape, dtype, "F" if fortran else "C")
+    return stored.T[:, :, ::-1], numpy.diag([-0.8, -0.8, 0.8, 1.0]), True, (1.0, 0.0)
+
+
+def _read_nifti(content):
+    """The array (X, Y, Z) as it is stored, its affine, whether this is known, slope, intercept."""
+    head = _unpack(content, 544)
+    kind = nibabel.Nifti2Header if head[4:7] == b"n+2" else nibabel.Nifti1Header
+    size = kind.sizeof_hdr
+    header = kind(bytes(head[:size]).ljust(size), check=False)  # its checks would log and mend
+    if header["magic"] != kind.single_magic:
+        raise ValueError("not a .nii, .nii.gz or .npz file, or its header is cut; a pair of .hdr "
+                         "and .img must be joined to a .nii")
+    start = header["vox_offset"].item() or kind.single_vox_offset  # 0: right after the header
+    if not start >= kind.single_vox_offset:
+        raise ValueError(f"its vox_offset {start} lies in the header")
+    shape = header["dim"][1:1 + header["dim"][0]].tolist()
+    dtype = header.get_data_dtype()
+    stored = _voxels(partial(_unpack, content), int(start), shape, dtype, "F")
+    return stored, *_affine(header), header.get_slope_inter()
+
+
+def _unpack(content, size):
+    """At least the first `size` bytes of a file's content, where there are so many.
+
+    Of gzip no more is unpacked; like gzip itself it takes several members and leaves out what
+    follows the last one.
+    """
+    if content[:2] != GZIP:
+        return content
+    out, at, member = bytearray(), 0, zlib.decompressobj(31)
+    while len(out) < size:
+        packed = content[at:at + PIECE]
+        piece = member.decompress(packed, size - len(out))  # frees the GIL: threads run on
+        at += len(packed) - len(member.unconsumed_tail) - len(member.unused_data)
+        out += piece
+        if member.eof and content[at:at + 2] == GZIP:
+            member = zlib.decompressobj(31)
+        elif member.eof or not packed and not piece:
+            break
+    return out
+
+
+def _voxels(read, start, shape, dtype, order):
+    """The array (X, Y, Z) that starts at a byte of read(size), which gives the first bytes."""
+    if set(shape[3:]) == {1}:  # a time axis with one entry
+        shape = shape[:3]
+    if len(shape) != 3 or min(shape) < 1:
+        raise ValueError(f"a 3D volume is needed, this one has shape {tuple(shape)}")
+    if dtype.kind not in "iuf" or dtype.itemsize > 8:
+        raise ValueError(f"voxels of type {dtype} are not numbers")
+    end = start + math.prod(shape) * dtype.itemsize
+    if end > MOST_BYTES:
+        raise ValueError(f"shape {tuple(shape)} from byte {start} on makes over 2 GiB")
+    content = read(end + 1)  # 1 more, so that the checksum behind the voxels is read, too
+    if len(content) < end:
+        raise ValueError(f"cut short: {len(content)} of {end} bytes are there")
+    stored = numpy.frombuffer(memoryview(content)[start:end], dtype).reshape(shape, order=order)
+    return stored.astype(dtype.newbyteorder("="), copy=False)
+
+
+def _affine(header):
+    """A NIfTI header's affine in mm, and whether it is more than a guess."""
+    header["pixdim"][0] = math.copysign(1, header["pixdim"][0])
+    header["pixdim"][1:4] = abs(header["pixdim"][1:4])
+    length = math.hypot(header["quatern_b"], header["quatern_c"], header["quatern_d"])
+    for axis in "bcd":
+        header[f"quatern_{axis}"] /= max(length, 1)  # over 1 by rounding
+    said = {"sform_code": header.get_sform(), "qform_code": header.get_qform()}
+    said = [affine for code, affine in said.items() if header[code] > 0]
+    for affine in said or [header.get_base_affine()]:
+        sizes = nibabel.affines.voxel_sizes(affine)
+        if abs(numpy.linalg.det(affine)) > 1e-6 * math.prod(sizes):  # never of NaN
+            break
+    else:
+        raise ValueError("its affine is singular, so the orientation is unknown; "
+                         "neither sform nor qform is valid")
+    axes = affine[:3, :3] / sizes
+    if abs(axes.T @ axes - numpy.eye(3)).max() > 0.002:  # sheared by a mm or more in a chest
+        raise ValueError("its axes are not at right angles: gantry tilt? dcm2niix writes a "
+                         "straightened copy (_Tilt)")
+    affine[:3] *= {1: 1000, 3: 0.001}.get(header["xyzt_units"] & 7, 1)  # metres, microns
+    return affine, bool(said)
 
 
 def _to_lps(array, affine):
@@ -170,10 +245,7 @@ def _to_lps(array, affine):
 
 
 def _to_hu(stored, slope, intercept):
-    if stored.dtype.kind not in "iuf":
-        raise ValueError(f"voxels of type {stored.dtype} are not numbers")
-    slope = 1.0 if slope is None else slope
-    intercept = intercept or 0.0
+    slope, intercept = slope or 1.0, intercept or 0.0
     hu = stored
     if slope != 1 or intercept != 0:
         hu = stored.astype(numpy.float32) * numpy.float32(slope) + numpy.float32(intercept)
@@ -187,11 +259,13 @@ def _to_hu(stored, slope, intercept):
 def _replace_spacing(spacing, affine):
     """The spacing, with the affine's own where it is None, and the affine for it."""
     own = nibabel.affines.voxel_sizes(affine)
-    if spacing is None:
-        spacing = own
-    spacing = [size if given is None else given for given, size in zip(spacing, own)]
+    given = own if spacing is None else spacing
+    spacing = tuple(float(size or old) for size, old in zip(given, own))
+    if not all(0.01 <= size <= 100 for size in spacing):
+        raise ValueError(f"its voxels measure {spacing} mm, 0.01 to 100 are possible; "
+                         "spacing missing, or its unit wrong?")
     affine[:, :3] *= spacing / own
-    return tuple(map(float, spacing)), affine
+    return spacing, affine
 
 
 # ---- 2. Resample, crop, pad ----------------------------------------------------------------------
@@ -202,22 +276,28 @@ def preprocess(hu, spacing, spacing_out=SPACING, shape_out=SHAPE, hu_range=HU_RA
     In plain lines, which a test holds this function to:
 
         size_out = round(size * spacing / spacing_out)                  # along each axis
+        hu = clip(hu, -1024, 32767)
         volume = interpolate(hu, arange(size_out) * spacing_out / spacing)
         volume = pad(crop(volume, shape_out), shape_out, -1024)         # both about the centre
         volume = round(clip(volume, *hu_range))
 
     Spacings are (x, y, z) in mm. The interpolation is SimpleITK's: the centres of the first voxels
-    coincide. But beyond the centre of the last voxel its value goes on, where SimpleITK fills in 0.
+    coincide. But beyond the centre of the last voxel its value goes on, where SimpleITK fills in 0;
+    and what scanners put outside their field of view, -2000 or -3024, is air before anything is
+    interpolated, or else the border of a body would be darker than air makes it.
     """
+    import torch  # here and twice below: it takes a second, which --help can do without
     # What the crop leaves out is never computed. The rest goes through all three axes a few slices
     # at a time, so that it stays in the processor's cache; (Z, Y, X) keeps a slice in one piece.
-    volume = torch.from_numpy(numpy.ascontiguousarray(hu.transpose(2, 1, 0)))
+    volume = torch.from_numpy(numpy.array(hu.T, order="C"))
     if volume.dtype not in (torch.int16, torch.float32):
         volume = volume.float()
+    volume.clamp_(AIR, 32767)
     axes = map(_sample_axis, hu.shape, spacing, spacing_out, shape_out)
-    (x, inside_x), (y, inside_y), (z, inside_z) = axes
-    out = torch.full(tuple(shape_out[::-1]), -1024, dtype=torch.int16).clamp_(*hu_range)
-    inside = out[inside_z, inside_y, inside_x]
+    positions, inside = zip(*axes)
+    x, y, z = map(torch.from_numpy, positions)
+    out = torch.full(tuple(shape_out[::-1]), AIR, dtype=torch.int16).clamp_(*hu_range)
+    inside = out[inside[::-1]]
     for positions, target in zip(z.split(SLAB), inside.split(SLAB)):
         slab = _interpolate(volume, 0, positions)
         slab = _interpolate(slab, 1, y)
@@ -226,7 +306,8 @@ def preprocess(hu, spacing, spacing_out=SPACING, shape_out=SHAPE, hu_range=HU_RA
     return out.permute(2, 1, 0).contiguous().numpy()
 
 
-SLAB = 4  # slices that are resampled at a time
+AIR = -1024  # HU
+SLAB = 4     # slices that are resampled at a time
 
 
 def _sample_axis(size, spacing, spacing_out, size_out):
@@ -234,8 +315,8 @@ def _sample_axis(size, spacing, spacing_out, size_out):
     resampled = max(1, round(size * spacing / spacing_out))
     cropped = min(resampled, size_out)
     first = (resampled - cropped) // 2
-    positions = torch.arange(first, first + cropped, dtype=torch.float64)
-    positions = (positions * (spacing_out / spacing)).clamp_(0, size - 1)
+    positions = numpy.arange(first, first + cropped) * (spacing_out / spacing)
+    positions = positions.clip(0, size - 1)
     padding = (size_out - cropped) // 2
     return positions, slice(padding, padding + cropped)
 
@@ -247,14 +328,13 @@ def _interpolate(volume, axis, positions):
     high = (low + 1).clamp_(max=size - 1)
     weight = (positions - low).float()
     if axis == 2:  # along the contiguous axis, a product with a two-banded matrix beats gathering
-        bands = torch.zeros(size, len(low))
-        columns = torch.arange(len(low))
-        bands[low, columns] += 1 - weight
-        bands[high, columns] += weight
+        bands = weight.new_zeros(size, len(low))
+        bands.scatter_add_(0, low[None], 1 - weight[None])
+        bands.scatter_add_(0, high[None], weight[None])
         return volume.float() @ bands
     below = volume.index_select(axis, low).float()
     above = volume.index_select(axis, high).float()
-    return torch.lerp(below, above, weight.view(-1, *[1] * (2 - axis)))
+    return below.lerp(above, weight.view(-1, *[1] * (2 - axis)))
 
 
 # ---- 3. The manifest -----------------------------------------------------------------------------
@@ -286,30 +366,27 @@ def read_manifest(path, split=None):
     """Read manifest.csv as Rows, of one split if given; ValueError names a wrong row and column."""
     path = Path(path)
     lines = read_csv(path, "name", "path")
-    if not lines:
-        raise ValueError(f"{path}: has a header and no rows")
-    splits = {line.get("split", "") for line in lines}
-    if split is not None and split not in splits:
-        there = ", ".join(map(repr, sorted(splits)))
-        raise ValueError(f"{path}: no row has the split '{split}'; there are: {there}")
     rows, names = [], set()
     for number, line in enumerate(lines, 2):
         where = f"{path}, row {number}"
         _check_name(line["name"], names, where)
         names.add(line["name"])
-        if not line["path"]:
-            raise ValueError(f"{where}: the path is empty")
+        if not re.fullmatch(r"[^\x00-\x20]+|[^\x00-\x1f]+\.[A-Za-z]\w{0,4}", line["path"]):
+            raise ValueError(f"{where}: the path is empty, or a text without a suffix")
         if split in (None, line.get("split", "")):
             rows.append(_row(line, path.parent, where))
+    if not rows:
+        raise ValueError(f"{path}: has no rows (split: {split or 'any'})")
     return rows
 
 
 def _check_name(name, taken, where):
-    if not re.fullmatch(r"[^/\\\0\n\r]{1,200}", name) or name in (".", ".."):
-        raise ValueError(f"{where}: '{name}' can't be a name; it becomes a file's name, "
-                         "so 1 to 200 characters without / or \\")
+    # No message quotes a cell: it may hold a report where the columns are shifted.
+    if not re.fullmatch(r"(?!\.{1,2}$)[^/\\\x00-\x1f]+", name) or len(name.encode()) > 200:
+        raise ValueError(f"{where}: the name can't be a file's name; 1 to 200 bytes on one line "
+                         "without / and \\ are needed")
     if name in taken:
-        raise ValueError(f"{where}: the name '{name}' stands twice; names must be unique")
+        raise ValueError(f"{where}: the name stands in an earlier row, too; names must be unique")
 
 
 def _row(line, folder, where):
@@ -334,24 +411,23 @@ def _number(text, where, column):
         number = math.nan
     if math.isfinite(number) and (number > 0 or column == "intercept"):
         return number
-    kind = "number" if column == "intercept" else "positive number"
-    raise ValueError(f"{where}: {column} is '{text}'; a {kind} or nothing is needed")
+    raise ValueError(f"{where}: {column} is no number that it can be; leave unknown ones empty")
 
 
 def _label(text, where, column):
     label = {"": math.nan, "0": 0.0, "1": 1.0, "0.0": 0.0, "1.0": 1.0}.get(text.strip())
     if label is None:
-        raise ValueError(f"{where}: {column} is '{text}'; 0, 1 or nothing is needed")
+        raise ValueError(f"{where}: {column} is none of 0, 1 and nothing")
     return label
 
 
 def write_manifest(rows, path):
     """Write Rows as manifest.csv; paths below the manifest's folder become relative to it."""
-    folder = Path(path).resolve().parent
+    folder = Path(path).absolute().parent  # links stay, their targets may have no suffix
     classes = classes_of(rows)
     lines = [TEXTS + NUMBERS + [f"label:{name}" for name in classes]]
     for row, labels in zip(rows, labels_matrix(rows, classes)):
-        file = row.path.resolve()
+        file = row.path.absolute()
         if file.is_relative_to(folder):
             file = file.relative_to(folder)
         lines.append([row.name, file, row.split, row.patient, row.scan, row.report,
@@ -396,11 +472,11 @@ def ct_rate_manifest(root, split, release=None):
     no_chest = _no_chest(root, split)
 
     rows = []
-    for volume, report in reports.items():
+    for number, (volume, report) in enumerate(reports.items(), 2):
         name = volume.removesuffix(".nii.gz")
         if name in no_chest:
             continue
-        scan, patient = _ct_rate_scan(volume, root)
+        scan, patient = _ct_rate_scan(volume, f"{root}: row {number} of the reports")
         if release == 1 and volume not in metadata:
             raise ValueError(f"{root}: the metadata has no row for {volume}, "
                              "without which its HU are unknown")
@@ -429,12 +505,11 @@ def _ct_rate_folder(root, split, release):
     return folder, release
 
 
-def _ct_rate_scan(volume, root):
+def _ct_rate_scan(volume, where):
     """valid_1_a_1.nii.gz (split, patient, scan, reconstruction) -> valid_1_a, valid_1."""
     match = re.fullmatch(r"((\w+?_\d+)_[a-z]+)_\d+\.nii\.gz", volume)
     if not match:
-        raise ValueError(f"{root}: the reports name a volume '{volume}'; "
-                         "CT-RATE's are named like valid_1_a_1.nii.gz")
+        raise ValueError(f"{where}: CT-RATE's volumes are named like valid_1_a_1.nii.gz")
     return match.groups()
 
 
@@ -460,22 +535,17 @@ def _xy_spacing(text, volume):
     """XYSpacing is the text "[0.74, 0.74]"."""
     if not text.strip():
         return None, None
-    try:
-        x, y = map(float, ast.literal_eval(text))
-        return x, y
-    except (ValueError, SyntaxError, TypeError):
-        raise ValueError(f"{volume}: XYSpacing is '{text}'; "
-                         "two numbers in brackets are needed") from None
+    numbers = [_number(part, volume, "XYSpacing") for part in text.strip(" []").split(",")]
+    if len(numbers) != 2 or None in numbers:
+        raise ValueError(f"{volume}: XYSpacing is not two numbers in brackets")
+    return numbers
 
 
 def _no_chest(root, split):
     """Names of the volumes that CT-RATE lists as showing no chest."""
-    names = set()
-    for folder in (root, root / "metadata"):
-        file = folder / f"no_chest_{split}.txt"
-        if file.is_file():
-            names |= {Path(word).name.removesuffix(".nii.gz") for word in file.read_text().split()}
-    return names
+    files = [root / f"no_chest_{split}.txt", root / "metadata" / f"no_chest_{split}.txt"]
+    text = " ".join(file.read_text(errors="replace") for file in files if file.is_file())
+    return {Path(word).name.removesuffix(".nii.gz") for word in text.split()}
 
 
 def rad_chestct_manifest(root, split):
@@ -489,13 +559,13 @@ def rad_chestct_manifest(root, split):
     root = Path(root)
     rows = []
     file = _find(root, f"img{split}_Abnormality_and_Location_Labels.csv")
-    for name, line in _table(file, key="NoteAcc_DEID").items():
-        labels = {}
+    for number, (name, line) in enumerate(_table(file, key="NoteAcc_DEID").items(), 2):
+        labels, where = {}, f"{file}, row {number}"
         for column, text in line.items():
             finding, star, _ = column.partition("*")
             if finding and star:
                 kind = RAD_CHESTCT.get(finding, finding.replace("_", " ").capitalize())
-                labels[kind] = max(labels.get(kind, 0.0), _label(text, name, column))
+                labels[kind] = max(labels.get(kind, 0.0), _label(text, where, column))
         rows.append(Row(name, root / f"{name}.npz", split, name, name, labels=labels))
     return rows
 
@@ -513,9 +583,10 @@ def _find_by_header(root, columns):
     """The first CSV with these columns, or None."""
     files = [*root.glob("*.csv"), *root.glob("multi_abnormality_labels/*.csv")]
     for file in sorted(files):
-        with open(file, encoding="utf-8-sig", newline="", errors="replace") as lines:
-            if set(columns) <= set(next(csv.reader(lines), [])):
-                return file
+        with open(file, encoding="utf-8-sig", errors="replace") as lines:
+            header = lines.readline(1 << 16)
+        if all(column in header for column in columns):
+            return file
     return None
 
 
@@ -528,22 +599,29 @@ def _table(path, *columns, key="VolumeName"):
 def problems(row):
     """What is wrong with a row's volume, as a list of short texts; empty where nothing is."""
     try:
-        volume = row.read()
+        return volume_problems(row.read())
     except ValueError as error:
         return [str(error).removeprefix(f"{row.path}: ")]
+
+
+def volume_problems(volume):
+    """What looks wrong in a Volume that could be read, as a list of short texts."""
     texts = []
+    if not volume.oriented:
+        texts.append("neither qform nor sform is set, so the orientation is a guess: "
+                     "left and right may be swapped")
     for axis, size, spacing in zip("xyz", volume.hu.shape, volume.spacing):
         extent = size * spacing
         if not 0.2 <= spacing <= 10 or not 60 <= extent <= 1200:
             texts.append(f"{axis}: {size} voxels of {spacing:.2f} mm make {extent:.0f} mm; "
                          "spacing missing or wrong?")
     hu = volume.hu[::2, ::2, ::2]
-    values = f"values {hu.min():.0f} to {hu.max():.0f}"
-    air = float((hu < -500).mean())
+    values = f"values {hu.min():g} to {hu.max():g}"
+    lung = float(((hu > -950) & (hu < -500)).mean())
     tissue = float(((hu > -200) & (hu < 200)).mean())
-    if air < 0.02:
-        texts.append(f"{air:.0%} of it is air (below -500 HU), {values}; "
-                     "slope and intercept not applied?")
+    if lung < 0.01:
+        texts.append(f"{lung:.1%} of it is lung (-950 to -500 HU), {values}; slope and intercept "
+                     "not applied, negative values stored as unsigned, or no lung in view?")
     elif tissue < 0.05:
         texts.append(f"{tissue:.0%} of it is soft tissue (within 200 HU of water), {values}; "
                      "intercept applied twice?")
@@ -555,6 +633,7 @@ def _map_in_threads(function, items, workers, title):
 
     Threads are enough, since decompression, numpy and torch free the GIL; torch gets one core each.
     """
+    import torch
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     pool = ThreadPoolExecutor(workers or os.cpu_count())
@@ -573,16 +652,22 @@ class Cache:
     """
 
     def __init__(self, folder, spacing=SPACING, shape=SHAPE, hu_range=HU_RANGE):
+        low, high = hu_range
+        possible = [0.01 <= size <= 100 for size in spacing]
+        possible += [min(shape) >= 1, math.prod(shape) <= 2**30, -32768 <= low < high <= 32767]
+        if not all(possible):
+            raise ValueError(f"spacing {spacing}, shape {shape}, HU range {hu_range}: 0.01 to 100 "
+                             "mm, 1 to 2^30 voxels, an ascending range in int16 are possible")
         self.folder = Path(folder)
-        self.settings = {"spacing_out": list(spacing), "shape_out": list(shape),
+        self.settings = {"spacing_out": list(map(float, spacing)), "shape_out": list(shape),
                          "hu_range": list(hu_range)}
         record = self.folder / "cache.json"
         settings = json.dumps(self.settings)
         if not record.exists():
             write_atomically(record, settings.encode())
-        elif json.loads(record.read_text()) != self.settings:
-            raise ValueError(f"{record}: was prepared with {record.read_text()}, "
-                             f"now {settings} is asked for; name another folder")
+        elif record.read_bytes() != settings.encode():
+            raise ValueError(f"{record}: was prepared with other settings than {settings}; "
+                             "name another folder")
 
     @classmethod
     def for_config(cls, folder, config):
@@ -592,18 +677,21 @@ class Cache:
     def path(self, row):
         """Where a row's volume lies.
 
-        What turns its voxels into HU is part of the name, so that a correction of the manifest's
-        slope, intercept or spacing is never missed.
+        The scan's path is part of the name, so that manifests that name different scans alike can
+        share a cache; so is what turns its voxels into HU, so that a correction of the manifest's
+        slope, intercept or spacing is never missed. The path is taken as it leads from the cache to
+        the scan, links not followed: both can be moved together, or the cache used without scans.
         """
-        scaling = repr((row.slope, row.intercept, row.spacing))
-        return self.folder / f"{row.name}.{zlib.crc32(scaling.encode()):08x}.npy"
+        source = os.path.relpath(row.path, self.folder)
+        source = repr((source, row.slope, row.intercept, row.spacing))
+        return self.folder / f"{row.name}.{report_sha256(source)[:16]}.npy"
 
     def holds(self, row):
         """Whether the row's volume is here and not older than its source, where that is at hand."""
         try:
             made = self.path(row).stat().st_mtime
             return not row.path.exists() or made >= row.path.stat().st_mtime
-        except FileNotFoundError:
+        except OSError:
             return False
 
     def add(self, row):
@@ -616,36 +704,47 @@ class Cache:
             write_atomically(self.path(row), content.getbuffer())
         except ValueError as error:
             return str(error)
+        except (MemoryError, RuntimeError):  # what numpy and torch raise
+            return f"{row.path}: too large for the memory of this machine"
 
     def read(self, row):
         """A row's volume as a read-only int16 memory map (X, Y, Z)."""
         return numpy.load(self.path(row), mmap_mode="r", allow_pickle=False)
 
 
-def prepare(rows, cache, workers=None):
+def prepare(rows, cache, workers=None, listing="skipped.csv"):
     """Bring every row's volume into the cache -> (the rows that are there, skipped (name, reason)).
 
-    What is there stays, so that a killed run goes on. The skipped are listed in the cache's
-    skipped.csv and never replaced by others. ValueError where the disk is too small.
+    What is there stays, so that a killed run goes on. The skipped are never replaced by others; the
+    listing, a file in the cache, names them, and those of other rows stay in it. ValueError where
+    the disk is too small.
     """
     todo = [row for row in rows if not cache.holds(row)]
-    if todo:
-        size = len(todo) * math.prod(cache.settings["shape_out"]) * 2
-        free = shutil.disk_usage(cache.folder).free
-        print(f"{len(todo)} of {len(rows)} volumes to prepare: {size / 2**30:.2f} GiB, "
-              f"{free / 2**30:.0f} GiB free in {cache.folder}", file=sys.stderr)
-        if size > free:
-            raise ValueError(f"{cache.folder}: {size / 2**30:.1f} GiB are needed "
-                             f"and {free / 2**30:.1f} GiB are free")
+    if not todo:
+        return rows, []
+    size = len(todo) * math.prod(cache.settings["shape_out"]) * 2
+    free = shutil.disk_usage(cache.folder).free
+    print(f"{len(todo)} of {len(rows)} volumes to prepare: {size / 2**30:.2f} GiB, "
+          f"{free / 2**30:.0f} GiB free in {cache.folder}", file=sys.stderr)
+    if size > free:
+        raise ValueError(f"{cache.folder}: {size / 2**30:.1f} GiB are needed "
+                         f"and {free / 2**30:.1f} GiB are free")
     reasons = _map_in_threads(cache.add, todo, workers, "prepare")
-    skipped = [(row.name, reason) for row, reason in zip(todo, reasons) if reason]
+    reasons = {row.name: reason for row, reason in zip(todo, reasons)}
+    skipped = [item for item in reasons.items() if item[1]]
+    listing = cache.folder / listing
+    _update_listing(listing, reasons, skipped)
     if skipped:
-        listing = cache.folder / "skipped.csv"
-        write_csv(listing, [("name", "reason"), *skipped])
         print(f"{len(skipped)} volumes skipped, the first: {skipped[0][1]}; all in {listing}",
               file=sys.stderr)
-    names = dict(skipped)
-    return [row for row in rows if row.name not in names], skipped
+    return [row for row in rows if not reasons.get(row.name)], skipped
+
+
+def _update_listing(listing, tried, skipped):
+    lines = read_csv(listing, "name", "reason") if listing.exists() else []
+    if lines or skipped:
+        others = [line.values() for line in lines if line["name"] not in tried]
+        write_csv(listing, [("name", "reason"), *others, *skipped])
 
 
 # ---- 6. Texts and training pairs -----------------------------------------------------------------
@@ -693,8 +792,8 @@ def sentences_as_authors(text):
     return [f"{part.strip()}." for part in parts if len(re.findall(r"\w+", part)) > 1]
 
 
-class ReportVolumes(torch.utils.data.Dataset):
-    """Training pairs, an item per distinct report: (int16 HU (1, x, y, z), text).
+class ReportVolumes:
+    """Training pairs for a DataLoader, an item per distinct report: (int16 HU (1, x, y, z), text).
 
     Each key (epoch, item) is a new draw: one of the report's volumes, a random crop of it, and up
     to n_sentences sentences of the text in random order (paper, implementation details). The text
@@ -743,10 +842,10 @@ class ReportVolumes(torch.utils.data.Dataset):
             count = random.integers(1, count + 1)
         order = random.permutation(len(text))[:count]
         text = " ".join(text[i] for i in order)
-        return torch.from_numpy(numpy.array(volume[tuple(crop)]))[None], text
+        return _tensor(volume[tuple(crop)]), text
 
 
-class Volumes(torch.utils.data.Dataset):
+class Volumes:
     """Evaluation: each row's whole cached volume as int16 HU (1, X, Y, Z)."""
 
     def __init__(self, rows, cache):
@@ -757,7 +856,12 @@ class Volumes(torch.utils.data.Dataset):
         return len(self.rows)
 
     def __getitem__(self, i):
-        return torch.from_numpy(numpy.array(self.cache.read(self.rows[i])))[None]
+        return _tensor(self.cache.read(self.rows[i]))
+
+
+def _tensor(volume):
+    import torch
+    return torch.from_numpy(numpy.array(volume))[None]
 
 
 # ---- 7. Files ------------------------------------------------------------------------------------
@@ -765,22 +869,27 @@ class Volumes(torch.utils.data.Dataset):
 def read_csv(path, *needed):
     """A CSV with a header as a list of dicts; ValueError unless it is UTF-8 with these columns.
 
-    A cell that a line lacks is "".
+    A cell that a line lacks is ""; a line with more cells than the header is an error, since a text
+    with a comma that nobody quoted would lose its end. No message quotes the file.
     """
     csv.field_size_limit(1 << 24)
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, restkey="", restval="")
-            header = reader.fieldnames or []
-            missing = [column for column in needed if column not in header]
-            if missing:
-                raise ValueError(f"{path}: has no column {', '.join(missing)}; "
-                                 f"its header reads: {','.join(header)[:200]}")
-            return list(reader)
+        text = Path(path).read_bytes().decode("utf-8-sig")
+        reader = csv.DictReader(io.StringIO(text, newline=""), restval="", strict=True)
+        missing = set(needed) - set(reader.fieldnames or [])
+        if missing:
+            raise ValueError(f"{path}: has no column {', '.join(sorted(missing))}; its first line "
+                             "must be a header, with commas")
+        lines = list(reader)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{path}: not a CSV file in UTF-8 ({error})") from None
+    for number, line in enumerate(lines, 2):
+        if any(line.pop(None, [])):
+            raise ValueError(f"{path}, row {number}: has more cells than the header; "
+                             "a text with a comma needs quotes")
+    return lines
 
 
 def write_csv(path, lines):
@@ -887,8 +996,29 @@ def _prepare_command(options):
     part, parts = options.shard
     rows = read_manifest(options.manifest)[part - 1::parts]
     cache = Cache(options.out, options.spacing, options.shape, options.hu_range)
-    ready, skipped = prepare(rows, cache, options.workers)
+    listing = f"skipped.{part}of{parts}.csv"
+    if parts == 1:  # no other machine is writing now
+        listing = "skipped.csv"
+        _sweep(cache.folder)
+    ready, skipped = prepare(rows, cache, options.workers, listing)
     print(f"{options.out}: {len(ready)} volumes ready, {len(skipped)} skipped")
+
+
+def _sweep(folder):
+    """Remove what processes that are gone have left half written."""
+    for file in folder.glob(".*.tmp"):
+        try:
+            os.kill(int(file.name.split(".")[-2]), 0)  # 0: only asks whether it runs
+        except ProcessLookupError:
+            file.unlink(missing_ok=True)
+        except (OSError, ValueError, OverflowError):  # another user's, another name
+            pass
+
+
+def _workers(text):
+    if 1 <= int(text) <= 1024:
+        return int(text)
+    raise argparse.ArgumentTypeError("1 to 1024 threads are possible")
 
 
 def _shard(text):
@@ -922,7 +1052,7 @@ def main(argv=None):
         epilog="example: python data.py check manifest.csv")
     command.set_defaults(run=_check_command)
     command.add_argument("manifest", type=Path)
-    command.add_argument("--workers", type=int)
+    command.add_argument("--workers", type=_workers)
 
     command = commands.add_parser(
         "prepare", help="preprocess every volume into a cache; resumable",
@@ -936,7 +1066,7 @@ def main(argv=None):
     add("--shape", type=int, nargs=3, default=SHAPE, metavar="N",
         help="x y z; default 256 256 128")
     add("--hu-range", type=int, nargs=2, default=HU_RANGE, metavar="HU")
-    add("--workers", type=int, help="threads; default: one per core")
+    add("--workers", type=_workers, help="threads; default: one per core")
     add("--shard", type=_shard, default=(1, 1), metavar="I/N",
         help="the I-th of N parts, for N machines")
 

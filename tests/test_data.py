@@ -2,12 +2,16 @@
 that survives kills."""
 import csv
 import gzip
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+import tracemalloc
+import warnings
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -130,7 +134,7 @@ def bad_files(folder):
     (folder / "text.nii.gz").write_text("not an image")
     (folder / "empty.nii.gz").write_bytes(b"")
     (folder / "text.npz").write_text("not an archive")
-    numpy.savez(folder / "pickled.npz", ct=numpy.array([{"a": 1}], dtype=object))
+    numpy.savez(folder / "pickled.npz", ct=numpy.full((2, 2, 2), {"a": 1}, dtype=object))
     numpy.savez(folder / "other.npz", volume=hu_volume())
     save_nifti(folder / "flat.nii.gz", hu_volume((20, 18)))
     save_nifti(folder / "time.nii.gz", hu_volume((8, 8, 8, 3)))
@@ -146,8 +150,8 @@ def bad_files(folder):
     nibabel.save(singular, folder / "singular.nii.gz")
     (folder / "volume.dcm").write_bytes(b"DICM")
     return {
-        "absent": "no such file", "truncated": "", "short": "", "text": "", "empty": "too short",
-        "pickled": "pickle", "other": "ct", "flat": "3D", "time": "3D", "constant": "empty",
+        "absent": "no such file", "truncated": "", "short": "", "text": "", "empty": "not a .nii",
+        "pickled": "not numbers", "other": "ct", "flat": "3D", "time": "3D", "constant": "empty",
         "nan": "NaN", "rgb": "not numbers", "singular": "singular", "volume": "not a .nii",
     }
 
@@ -162,6 +166,344 @@ def test_each_bad_file_is_one_line_that_names_it(tmp_path):
             assert message.startswith(f"{file}: ")
             assert reason in message
             assert "\n" not in message
+
+
+def nifti_bytes(array, affine=None, kind=nibabel.Nifti1Image, **fields):
+    """A .nii in mm whose header has these fields, unchecked."""
+    affine = numpy.diag([-1.5, -1.5, 2.0, 1]) if affine is None else affine
+    image = kind(array, affine, dtype=array.dtype)
+    image.header.set_xyzt_units("mm")
+    content = bytearray(image.to_bytes())
+    size = kind.header_class.sizeof_hdr
+    header = numpy.frombuffer(content[:size], kind.header_class.template_dtype).copy()
+    for name, value in fields.items():
+        header[name] = value
+    content[:size] = header.tobytes()
+    return bytes(content)
+
+
+def write(path, content):
+    path.write_bytes(content)
+    return path
+
+
+def line_about(path):
+    """The one line that says why a file can't be read."""
+    with pytest.raises(ValueError) as caught:
+        data.read_volume(path)
+    message = str(caught.value)
+    assert message.startswith(f"{path}: ") and message.isprintable()
+    return message.removeprefix(f"{path}: ")
+
+
+@pytest.fixture
+def peak():
+    """The most memory that was taken since the last call, in bytes."""
+    def since_last():
+        most = tracemalloc.get_traced_memory()[1] - since_last.start
+        tracemalloc.reset_peak()
+        since_last.start = tracemalloc.get_traced_memory()[0]
+        return most
+
+    since_last.start = 0
+    tracemalloc.start()
+    yield since_last
+    tracemalloc.stop()
+
+
+LIBRARIES_RAISE = [
+    MemoryError(), OverflowError("too large"), RecursionError("too deep"), EOFError(), KeyError(9),
+    TypeError("a\nline"), zipfile.BadZipFile("no zip"), UnicodeDecodeError("utf-8", b"", 0, 1, ""),
+    PermissionError(13, "Permission denied"), nibabel.spatialimages.HeaderDataError("odd"),
+]
+
+
+@pytest.mark.parametrize("error", LIBRARIES_RAISE, ids=lambda error: type(error).__name__)
+def test_whatever_a_library_raises_is_one_line_with_the_files_name(tmp_path, monkeypatch, error):
+    def fail(content):
+        raise error
+
+    monkeypatch.setattr(data, "_read_nifti", fail)
+    assert line_about(save_nifti(tmp_path / "a.nii", hu_volume()))
+
+
+def archive(shape, content=bytes(1000), descr="<i2"):
+    """An .npz whose array has a header by hand."""
+    text = f"{{'descr': '{descr}', 'fortran_order': False, 'shape': {shape}, }}".ljust(117) + "\n"
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as file:
+        header = b"\x93NUMPY\x01\x00" + numpy.uint16(118).tobytes() + text.encode()
+        file.writestr("ct.npy", header + content)
+    return out.getvalue()
+
+
+def promising_files():
+    """Contents whose header promises more than they hold: {name: (content, what is said)}."""
+    small, second = numpy.zeros((1, 1, 1), numpy.int16), nibabel.Nifti2Image
+    large = {"dim": [3, 1000, 1000, 950, 1, 1, 1, 1]}
+    return {
+        "cube.nii": (nifti_bytes(small, dim=[3, 30000, 30000, 30000, 1, 1, 1, 1]), "2 GiB"),
+        "large.nii": (nifti_bytes(small, **large)[:352], "cut short: 352 of 1900000352 bytes"),
+        "large.nii.gz": (gzip.compress(nifti_bytes(small, **large)), "cut short"),
+        "second.nii": (nifti_bytes(small, kind=second, **large)[:400], "cut short: 400 of"),
+        "second.nii.gz": (gzip.compress(nifti_bytes(small, kind=second, **large)), "cut short"),
+        "offset.nii": (nifti_bytes(small, vox_offset=1e9), "cut short"),
+        "infinite.nii": (nifti_bytes(small, vox_offset=numpy.inf), "infinity"),
+        "negative.nii": (nifti_bytes(small, dim=[3, -9, 9, 9, 1, 1, 1, 1]), "3D"),
+        "zero.nii": (nifti_bytes(small, dim=[3, 9, 9, 0, 1, 1, 1, 1]), "3D"),
+        "none.nii": (nifti_bytes(small, dim=[0, 9, 9, 9, 1, 1, 1, 1]), "3D"),
+        "large.npz": (archive((1000, 1000, 950)), "cut short: 1000 of 1900000000 bytes"),
+        "cube.npz": (archive((30000, 30000, 30000)), "2 GiB"),
+        "negative.npz": (archive((-1, 20, 20)), "3D"),
+    }
+
+
+@pytest.mark.parametrize("name", promising_files())
+def test_a_header_that_promises_more_than_the_file_holds_takes_no_memory(tmp_path, peak, name):
+    content, said = promising_files()[name]
+    path = write(tmp_path / name, content)
+    peak()
+    assert said in line_about(path)
+    assert peak() < 2**20
+
+
+def test_a_bomb_is_unpacked_only_as_far_as_its_header_needs(tmp_path, peak):
+    hu, zeros = hu_volume(), bytes(2**27)
+    ct = hu.transpose(2, 1, 0)[::-1]
+    contents = {"a.nii.gz": gzip.compress(nifti_bytes(hu) + zeros, 1),
+                "a.npz": archive(ct.shape, ct.tobytes() + zeros)}
+    for name, content in contents.items():
+        path = write(tmp_path / name, content)
+        peak()
+        assert numpy.array_equal(data.read_volume(path).hu, hu)
+        assert peak() < 2**22
+
+
+def test_a_file_over_the_limit_is_not_read(tmp_path):
+    path = tmp_path / "sparse.nii"
+    with open(path, "wb") as file:
+        file.truncate(2**31 + 1)
+    assert "more than 2 GiB" in line_about(path)
+
+
+@pytest.mark.parametrize("scale", [1e30, 1e-30, 500, 0.001])
+def test_voxels_of_impossible_size_are_refused_unless_the_spacing_is_given(tmp_path, scale):
+    content = nifti_bytes(hu_volume(), numpy.diag([scale, scale, scale, 1]), nibabel.Nifti2Image)
+    path = write(tmp_path / "a.nii", content)
+    assert "0.01 to 100 are possible" in line_about(path)
+    if 1e-3 <= scale <= 1e3:
+        assert data.read_volume(path, spacing=(1, 2, 3)).spacing == (1, 2, 3)
+
+
+@pytest.mark.parametrize("array", [
+    numpy.full((3, 3, 3), {"a": 1}, object), numpy.zeros((3, 3, 3), [("a", "i2"), ("b", "i2")]),
+    numpy.ones((3, 3, 3), complex), numpy.ones((3, 3, 3), numpy.longdouble),
+    numpy.full((3, 3, 3), "a"), numpy.ones((3, 3, 3), bool), numpy.ones((3, 3, 3), "m8[s]"),
+], ids=lambda array: array.dtype.kind)
+def test_an_archive_of_anything_but_numbers_is_refused(tmp_path, array):
+    numpy.savez(tmp_path / "a.npz", ct=array)
+    assert "not numbers" in line_about(tmp_path / "a.npz")
+
+
+def test_archives_of_any_byte_order_and_layout_are_read_and_a_damaged_one_is_refused(tmp_path):
+    ct = hu_volume((6, 5, 4))
+    path = tmp_path / "a.npz"
+    for array in (ct, ct.astype(">i2"), numpy.asfortranarray(ct), ct.astype(">f8"), ct[..., None]):
+        for save in (numpy.savez, numpy.savez_compressed):
+            save(path, ct=array)
+            hu = data.read_volume(path).hu
+            assert numpy.array_equal(hu, ct.T[:, :, ::-1]) and hu.dtype.isnative
+    content = bytearray(path.read_bytes())
+    assert line_about(write(path, content[:-50]))
+    content[len(content) // 3] ^= 1
+    assert line_about(write(path, content))
+
+
+# ---- geometry
+
+@pytest.mark.parametrize("kind", [nibabel.Nifti1Image, nibabel.Nifti2Image])
+def test_voxels_without_an_offset_begin_right_after_the_header(tmp_path, kind):
+    hu = hu_volume()
+    path = write(tmp_path / "a.nii", nifti_bytes(hu, kind=kind, vox_offset=0))
+    assert numpy.array_equal(data.read_volume(path).hu, hu)
+    for offset in (-16, 100, *[numpy.nan] * (kind is nibabel.Nifti1Image)):
+        write(path, nifti_bytes(hu, kind=kind, vox_offset=offset))
+        assert "lies in the header" in line_about(path)
+
+
+@pytest.mark.parametrize("magic", [b"ni1", b"xyz", b""])
+def test_the_header_of_a_pair_of_files_is_refused(tmp_path, magic):
+    path = write(tmp_path / "a.nii", nifti_bytes(hu_volume(), magic=magic))
+    assert "a pair of .hdr and .img" in line_about(path)
+
+
+def sheared(degrees):
+    affine = numpy.diag([-1.5, -1.5, 2.0, 1])
+    affine[1, 2] = 2 * numpy.tan(numpy.radians(degrees))
+    return affine
+
+
+@pytest.mark.parametrize("degrees", [0.5, 1, 15, -30])
+def test_gantry_tilt_is_refused_by_its_name(tmp_path, degrees):
+    path = write(tmp_path / "a.nii", nifti_bytes(hu_volume(), sheared(degrees), qform_code=0))
+    assert "gantry tilt?" in line_about(path)
+    # a qform can't say a shear, so it is no way out
+    write(path, nifti_bytes(hu_volume(), sheared(degrees), qform_code=1))
+    assert "gantry tilt?" in line_about(path)
+
+
+def test_oblique_axes_and_a_shear_of_rounding_size_are_accepted(tmp_path):
+    hu = hu_volume()
+    c, s = numpy.cos(0.3), numpy.sin(0.3)
+    turn = numpy.array([[1, 0, 0, 0], [0, c, -s, 0], [0, s, c, 0], [0, 0, 0, 1]])
+    for affine in (sheared(0.01), turn @ numpy.diag([-1.5, -1.5, 2.0, 1])):
+        volume = data.read_volume(write(tmp_path / "a.nii", nifti_bytes(hu, affine)))
+        assert numpy.array_equal(volume.hu, hu)
+        assert volume.spacing == pytest.approx((1.5, 1.5, 2))
+
+
+@pytest.mark.parametrize("unit, size", [(0, 1), (1, 1000), (2, 1), (3, 0.001), (10, 1), (9, 1000)])
+def test_metres_and_microns_become_mm(tmp_path, unit, size):
+    affine = numpy.diag([-1.5 / size, -1.5 / size, 2 / size, 1])
+    affine[:3, 3] = 30 / size
+    path = write(tmp_path / "a.nii", nifti_bytes(hu_volume(), affine, xyzt_units=unit))
+    volume = data.read_volume(path)
+    assert volume.spacing == pytest.approx((1.5, 1.5, 2))
+    assert volume.affine[:3, 3] == pytest.approx([30, 30, 30])
+
+
+def test_a_file_that_does_not_tell_its_orientation_is_read_as_nibabel_does_and_said(tmp_path):
+    hu, affine = chest()
+    path = write(tmp_path / "a.nii", nifti_bytes(hu, affine, qform_code=0, sform_code=0))
+    volume = data.read_volume(path)
+    assert numpy.array_equal(volume.hu, hu[:, ::-1]) and volume.spacing == (6, 6, 6)
+    (text,) = data.volume_problems(volume)
+    assert "orientation is a guess" in text
+    assert not data.volume_problems(data.read_volume(write(path, nifti_bytes(hu, affine))))
+
+
+HALF_TURN = {"quatern_b": 0, "quatern_c": 0, "quatern_d": 1}  # about z: x and y change their signs
+
+
+@pytest.mark.parametrize("fields", [
+    {"srow_x": 0, "srow_y": 0, "srow_z": 0},
+    {"srow_x": numpy.nan},
+    {"sform_code": 0},
+    {"sform_code": 0, "quatern_d": 1.000001},
+    {"sform_code": 0, "pixdim": [0, 1.5, 1.5, 2, 0, 0, 0, 0]},
+    {"sform_code": 0, "pixdim": [1, -1.5, -1.5, 2, 0, 0, 0, 0]},
+    {"qform_code": 0, "quatern_b": 9},
+])
+def test_of_qform_and_sform_the_valid_one_is_used(tmp_path, fields):
+    fields = {"qform_code": 1, **HALF_TURN} | fields
+    volume = data.read_volume(write(tmp_path / "a.nii", nifti_bytes(hu_volume(), **fields)))
+    assert numpy.array_equal(volume.hu, hu_volume()) and volume.oriented
+    assert volume.spacing == pytest.approx((1.5, 1.5, 2))
+
+
+@pytest.mark.parametrize("fields", [
+    {"pixdim": [1, 1.5, 1.5, 0, 0, 0, 0, 0], "sform_code": 0},
+    {"srow_x": 0, "qform_code": 0},
+    {"srow_x": numpy.inf, "qform_code": 0},
+    {"srow_x": [-1.5, 0, 0, numpy.nan], "qform_code": 0},
+    {"quatern_b": numpy.nan, "sform_code": 0},
+])
+def test_without_a_valid_affine_a_file_is_refused(tmp_path, fields):
+    fields = {"qform_code": 1} | fields
+    assert "singular" in line_about(write(tmp_path / "a.nii", nifti_bytes(hu_volume(), **fields)))
+
+
+# ---- good input
+
+def test_what_follows_a_gzip_stream_is_left_out_and_members_are_joined(tmp_path):
+    hu = hu_volume()
+    content = nifti_bytes(hu)
+    blocks = [gzip.compress(content[i:i + 99]) for i in range(0, len(content), 99)]  # as bgzip does
+    tails = [bytes(512), b"-- signature --", b"\x1f", gzip.compress(b"more"), gzip.compress(b"")]
+    streams = [b"".join(blocks), *(gzip.compress(content) + tail for tail in tails)]
+    for stream in streams:
+        path = write(tmp_path / "a.nii.gz", stream)
+        assert numpy.array_equal(data.read_volume(path).hu, hu)
+    damaged = bytearray(gzip.compress(content))
+    damaged[-6] ^= 1  # the checksum
+    assert "damaged?" in line_about(write(path, damaged))
+
+
+@pytest.mark.parametrize("more", [1, 2, 4])
+def test_trailing_axes_of_one_are_dropped_and_no_others(tmp_path, more):
+    hu = hu_volume()
+    path = write(tmp_path / "a.nii", nifti_bytes(hu.reshape(*hu.shape, *[1] * more)))
+    assert numpy.array_equal(data.read_volume(path).hu, hu)
+    assert "3D" in line_about(write(path, nifti_bytes(hu[None])))
+    assert "3D" in line_about(write(path, nifti_bytes(hu[..., None].repeat(2, 3))))
+
+
+def test_the_content_tells_what_a_file_is_not_its_name(tmp_path):
+    hu = hu_volume()
+    plain, zipped = nifti_bytes(hu), gzip.compress(nifti_bytes(hu))
+    archived = archive(hu.T.shape, hu.T[::-1].tobytes())
+    names = ["a.nii", "a.nii.gz", "A.NII.GZ", "a.npz", "0f3a9c", "a.b.c"]
+    for content in (plain, zipped, archived):
+        for name in names:
+            assert numpy.array_equal(data.read_volume(write(tmp_path / name, content)).hu, hu)
+
+
+@pytest.mark.parametrize("dtype", ["u1", "i1", "u2", "u4", "i4", "i8", "u8", "f4", "f8", ">f8"])
+def test_every_type_of_number_is_read_and_preprocessed(tmp_path, dtype):
+    hu = (hu_volume() % 100).astype(dtype)
+    path = write(tmp_path / "a.nii", nifti_bytes(hu))
+    volume = data.read_volume(path)
+    assert numpy.array_equal(volume.hu, hu)
+    data.volume_problems(volume)
+    out = data.preprocess(volume.hu, (1, 1, 1), (1, 1, 1), hu.shape)
+    assert numpy.array_equal(out, hu)
+
+
+@pytest.mark.parametrize("slope, intercept", [(0, 0), (0, -1024), (numpy.nan, numpy.nan), (1, 0)])
+def test_a_slope_of_zero_or_nan_means_no_scaling(tmp_path, slope, intercept):
+    content = nifti_bytes(hu_volume(), scl_slope=slope, scl_inter=intercept)
+    assert numpy.array_equal(data.read_volume(write(tmp_path / "a.nii", content)).hu, hu_volume())
+
+
+def test_the_links_of_a_hub_download_stay_in_its_manifest(tmp_path):
+    ct_rate_files(tmp_path / "hub", 2)
+    blobs = tmp_path / "blobs"
+    blobs.mkdir()
+    for i, file in enumerate(sorted((tmp_path / "hub").rglob("*.*"))):
+        file.rename(blobs / str(i))
+        file.symlink_to(blobs / str(i))
+    path = tmp_path / "m.csv"
+    data.write_manifest(data.ct_rate_manifest(tmp_path / "hub", "valid"), path)
+    first, _ = data.read_manifest(path)
+    assert first.path.name == "valid_1_a_1.nii.gz" and str(tmp_path) not in path.read_text()
+    assert numpy.array_equal(first.read().hu, hu_volume(seed=1))
+
+
+# ---- quiet
+
+def test_nothing_but_the_line_is_said(tmp_path, capfd):
+    huge = numpy.full((4, 4, 4), 1e300)
+    huge[0] = 1
+    contents = {
+        "slope": nifti_bytes(hu_volume(), scl_slope=1e38, scl_inter=0),
+        "overflow": nifti_bytes(huge, scl_slope=2, scl_inter=0),
+        "sform": nifti_bytes(hu_volume(), srow_x=1e38, sform_code=9, qform_code=-3),
+        "header": nifti_bytes(hu_volume(), sizeof_hdr=1, bitpix=3, pixdim=-1, magic=b"?"),
+    }
+    bad_files(tmp_path)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for name, content in contents.items():
+            line_about(write(tmp_path / f"{name}.nii", content))
+        for path in tmp_path.iterdir():
+            data.problems(data.Row("a", path))
+    assert not said and capfd.readouterr() == ("", "")
+
+
+def test_starting_is_quick_since_torch_is_not_imported():
+    code = "import sys, data; sys.exit('torch' in sys.modules)"
+    folder = Path(data.__file__).parent
+    assert subprocess.run([sys.executable, "-c", code], cwd=folder).returncode == 0
 
 
 # ---- preprocessing
@@ -186,7 +528,7 @@ def crop_pad_clip(volume, shape_out, hu_range=(-1000, 1000)):
 
 def naive_preprocess(hu, spacing, spacing_out, shape_out):
     """The lines of preprocess's docstring, on the whole volume in float64; not rounded."""
-    volume = hu.astype(numpy.float64)
+    volume = hu.astype(numpy.float64).clip(-1024, 32767)
     for axis, size in enumerate(hu.shape):
         size_out = max(1, round(size * spacing[axis] / spacing_out[axis]))
         at = numpy.arange(size_out) * spacing_out[axis] / spacing[axis]
@@ -212,7 +554,7 @@ def test_slab_by_slab_equals_resampling_cropping_and_padding_the_whole(shape, sh
 def simpleitk_preprocess(hu, spacing, spacing_out, shape_out):
     """SimpleITK's resampling of the whole volume, then crop or pad; NaN where it is undefined."""
     sitk = pytest.importorskip("SimpleITK")
-    image = sitk.GetImageFromArray(hu.transpose(2, 1, 0).astype(numpy.float32))
+    image = sitk.GetImageFromArray(hu.clip(-1024).transpose(2, 1, 0).astype(numpy.float32))
     image.SetSpacing([float(s) for s in spacing])
     size = [max(1, round(n * s / t)) for n, s, t in zip(hu.shape, spacing, spacing_out)]
     step = [float(s) for s in spacing_out]
@@ -261,6 +603,28 @@ def test_preprocess_takes_one_slice_and_leaves_its_input_alone():
     assert numpy.array_equal(hu, before)
 
 
+@pytest.mark.parametrize("padding", [-1025, -2000, -3024, -32768])
+def test_padding_outside_the_field_of_view_is_air_before_it_is_interpolated(padding):
+    hu = hu_volume()
+    hu[:7] = -1024
+    padded = hu.copy()
+    padded[:7] = padding
+    outs = [data.preprocess(each, (3, 3, 5), (2, 2, 5), (30, 30, 16)) for each in (hu, padded)]
+    assert numpy.array_equal(*outs)
+
+
+@pytest.mark.parametrize("value", [1e30, -1e30, 3e38, -3e38, 1e300, 70000, 2**40])
+def test_a_voxel_beyond_int16_changes_its_neighbours_alone(value):
+    hu = hu_volume().astype(numpy.float64)
+    spike = hu.copy()
+    spike[9, 9, 9] = value
+    outs = [data.preprocess(each, (1, 1, 1), (0.8, 0.8, 0.8), (25, 22, 20)) for each in (hu, spike)]
+    (x, y, z) = numpy.nonzero(outs[0] != outs[1])
+    assert 0 < len(x) < 64
+    assert max(abs(axis * 0.8 - 9).max() for axis in (x, y, z)) < 1
+    assert (outs[1][11, 11, 11] == 1000) == (value > 0)
+
+
 # ---- manifest
 
 def test_a_hand_written_manifest_needs_name_and_path_alone(tmp_path):
@@ -291,22 +655,96 @@ def test_a_manifest_survives_being_written_and_read(tmp_path):
 @pytest.mark.parametrize("header, lines, said", [
     ("name,file", ["a,b"], "no column path"),
     ("name,path", [], "no rows"),
-    ("name,path", ["a,a.nii", "a,b.nii"], "row 3: the name 'a' stands twice"),
-    ("name,path", ["../a,a.nii"], "row 2: '../a' can't be a name"),
+    ("name,path", ["a,a.nii", "a,b.nii"], "row 3: the name stands in an earlier row"),
+    ("name,path", ["../a,a.nii"], "row 2: the name can't be a file's name"),
     ("name,path", ["a,"], "the path is empty"),
     ("name,path", ["a"], "the path is empty"),
-    ("name,path,slope", ["a,a.nii,one"], "slope is 'one'"),
-    ("name,path,spacing_z", ["a,a.nii,0"], "spacing_z is '0'"),
-    ("name,path,label:Emphysema", ["a,a.nii,yes"], "label:Emphysema is 'yes'"),
+    ("name,path,slope", ["a,a.nii,one"], "row 2: slope is no number"),
+    ("name,path,spacing_z", ["a,a.nii,0"], "row 2: spacing_z is no number"),
+    ("name,path,label:Emphysema", ["a,a.nii,yes"], "row 2: label:Emphysema is none of 0, 1"),
 ])
 def test_what_is_wrong_in_a_manifest_is_named(tmp_path, header, lines, said):
     with pytest.raises(ValueError, match=said):
         data.read_manifest(write_manifest(tmp_path, lines, header))
 
 
+SECRET = "Mass in the left lobe"
+
+
+@pytest.mark.parametrize("header, line", [
+    ("name,path,report", f"a,a.nii,Nodule, {SECRET}."),
+    ("name,path", f"a,a.nii,{SECRET}"),
+    ("name,path,report", f'a,a.nii,"{SECRET}'),
+    ("name,path,report", f'a,a.nii,"{SECRET}" and more'),
+    ("name,path,report", f"a\0,a.nii,{SECRET}"),
+    ("name,path,report", f"a,a\0.nii,{SECRET}"),
+    ("name,path", f"{SECRET}/{SECRET},a.nii"),
+    ("name,path", f"{SECRET * 20},a.nii"),
+    ("name,path", f'a,"{SECRET}\n{SECRET}"'),
+    ("name,path,report", f"a,{SECRET}.,a.nii"),
+    ("name,path", f"{SECRET},a.nii\n{SECRET},b.nii"),
+    ("name,path,slope", f"a,a.nii,{SECRET}"),
+    ("name,path,intercept", f"a,a.nii,{SECRET}"),
+    ("name,path,spacing_x", f"a,a.nii,{SECRET}"),
+    ("name,path,label:Cyst", f"a,a.nii,{SECRET}"),
+    (f"a,a.nii,{SECRET}", f"b,b.nii,{SECRET}"),
+    ("name;path;report", f"a;a.nii;{SECRET}"),
+])
+def test_a_wrong_line_is_named_and_no_cell_of_a_manifest_is_quoted(tmp_path, header, line):
+    with pytest.raises(ValueError) as caught:
+        data.read_manifest(write_manifest(tmp_path, [line], header))
+    message = str(caught.value)
+    assert message.startswith(str(tmp_path / "manifest.csv"))
+    assert "Mass" not in message and message.isprintable()
+    with pytest.raises(ValueError) as caught:
+        path = write_manifest(tmp_path, [f"a,a.nii,{SECRET}"], "name,path,split")
+        data.read_manifest(path, "valid")
+    assert "Mass" not in str(caught.value)
+
+
+def test_no_row_of_a_manifest_is_lost(tmp_path):
+    path = write_manifest(tmp_path, ['b,b.nii,"Mass of 2" in size."', "c,c.nii,Cyst."], HEADER)
+    with pytest.raises(ValueError, match="not a CSV file"):
+        data.read_manifest(path)
+    path = write_manifest(tmp_path, ['a,a.nii,"Nodule', "b,b.nii,None.", "c,c.nii,Cyst."], HEADER)
+    with pytest.raises(ValueError, match="not a CSV file"):
+        data.read_manifest(path)
+    path = write_manifest(tmp_path, ["a,a.nii,None.", "b,b.nii,Nodule, small."], HEADER)
+    with pytest.raises(ValueError, match="manifest.csv, row 3: has more cells than the header"):
+        data.read_manifest(path)
+
+
+HEADER = "name,path,report"
+
+
+def test_a_manifest_of_a_spreadsheet_is_read(tmp_path):
+    text = 'name,path,report,\r\na,a.nii,"Nodule, 5"" wide.\r\nCyst.",\r\nb,b.nii\r\n'
+    path = write(tmp_path / "m.csv", text.encode("utf-8-sig"))
+    a, b = data.read_manifest(path)
+    assert (a.name, a.report) == ("a", 'Nodule, 5" wide.\r\nCyst.')
+    assert (b.name, b.path, b.report) == ("b", tmp_path / "b.nii", "")
+
+
+@pytest.mark.parametrize("name", [
+    "", ".", "..", "../x", "/x", "a/b", "a\\b", "a" * 201, "\u00e4" * 101, "a\x1bb", "a\tb",
+])
+def test_a_name_that_can_not_be_a_files_is_refused(tmp_path, name):
+    path = tmp_path / "m.csv"
+    data.write_csv(path, [["name", "path"], [name, "a.nii"]])
+    with pytest.raises(ValueError, match="m.csv, row 2: the name can't be a file's"):
+        data.read_manifest(path)
+
+
+def test_the_longest_name_has_a_file_in_the_cache(tmp_path):
+    save_nifti(tmp_path / "a.nii", hu_volume())
+    rows = data.read_manifest(write_manifest(tmp_path, ["\u00e4" * 100 + ",a.nii"]))
+    ready, _ = data.prepare(rows, data.Cache(tmp_path / "cache", (2, 2, 2), (8, 8, 8)))
+    assert ready == rows
+
+
 def test_an_unknown_split_and_a_foreign_encoding_are_named(tmp_path):
     path = write_manifest(tmp_path, ["a,a.nii,train"], "name,path,split")
-    with pytest.raises(ValueError, match="split 'test'; there are: 'train'"):
+    with pytest.raises(ValueError, match=r"has no rows \(split: test\)"):
         data.read_manifest(path, "test")
     (tmp_path / "latin.csv").write_bytes("name,path\nä,b".encode("latin-1"))
     with pytest.raises(ValueError, match="latin.csv: not a CSV file in UTF-8"):
@@ -397,11 +835,18 @@ LABELS = "multi_abnormality_labels/valid_predicted_labels.csv"
 
 
 @pytest.mark.parametrize("table, old, new, said", [
-    (REPORTS, "valid_1_a_1", "scan", "the reports name a volume 'scan.nii.gz'"),
+    (REPORTS, "valid_1_a_1", "scan", "row 2 of the reports: CT-RATE's volumes are named"),
     (METADATA, "valid_1_a_1", "valid_9_a_1", "the metadata has no row for valid_1_a_1.nii.gz"),
-    (METADATA, "[1.5, 1.5]", "[1.5]", r"valid_1_a_1.nii.gz: XYSpacing is '\[1.5\]'"),
-    (METADATA, "-1024", "none", "valid_1_a_1.nii.gz: intercept is 'none'"),
-    (LABELS, "1,0", "2,0", "valid_1_a_1.nii.gz: Arterial wall calcification is '2'"),
+    (METADATA, "[1.5, 1.5]", "[1.5]", "valid_1_a_1.nii.gz: XYSpacing is not two numbers"),
+    (METADATA, "[1.5, 1.5]", "[1.5, ]", "valid_1_a_1.nii.gz: XYSpacing is not two numbers"),
+    (METADATA, "[1.5, 1.5]", "[1.5, 1, 1]", "valid_1_a_1.nii.gz: XYSpacing is not two numbers"),
+    (METADATA, "[1.5, 1.5]", "[nan, 1]", "valid_1_a_1.nii.gz: XYSpacing is no number"),
+    (METADATA, "[1.5, 1.5]", "[-1, 1]", "valid_1_a_1.nii.gz: XYSpacing is no number"),
+    (METADATA, "[1.5, 1.5]", "[" * 10**5, "valid_1_a_1.nii.gz: XYSpacing is not two numbers"),
+    (METADATA, "[1.5, 1.5]", "9**9**9,1", "valid_1_a_1.nii.gz: XYSpacing is no number"),
+    (METADATA, "1,-1024", "inf,-1024", "valid_1_a_1.nii.gz: slope is no number"),
+    (METADATA, "-1024", "none", "valid_1_a_1.nii.gz: intercept is no number"),
+    (LABELS, "1,0", "2,0", "valid_1_a_1.nii.gz: Arterial wall calcification is none"),
 ])
 def test_what_is_wrong_in_the_tables_of_ct_rate_is_named(tmp_path, table, old, new, said):
     ct_rate_files(tmp_path, 1)
@@ -409,6 +854,14 @@ def test_what_is_wrong_in_the_tables_of_ct_rate_is_named(tmp_path, table, old, n
     path.write_text(path.read_text().replace(old, new))
     with pytest.raises(ValueError, match=said):
         data.ct_rate_manifest(tmp_path, "valid")
+
+
+def test_what_is_wrong_in_the_tables_of_rad_chestct_is_named_by_its_row(tmp_path):
+    path = tmp_path / "imgtest_Abnormality_and_Location_Labels.csv"
+    data.write_csv(path, [["NoteAcc_DEID", "nodule*lung"], ["a", 1], [SECRET, "yes"]])
+    with pytest.raises(ValueError, match="Labels.csv, row 3: nodule.lung is none of") as caught:
+        data.rad_chestct_manifest(tmp_path, "test")
+    assert SECRET not in str(caught.value)
 
 
 def test_rad_chestct_locations_fold_to_findings_and_findings_to_classes(tmp_path):
@@ -429,12 +882,12 @@ def test_rad_chestct_locations_fold_to_findings_and_findings_to_classes(tmp_path
     assert len(data.BENCHMARKS["rad-chestct"]) == 16
 
 
-def test_csv_cells_that_a_line_lacks_are_empty_and_surplus_ones_do_no_harm(tmp_path):
+def test_csv_cells_that_a_line_lacks_are_empty_and_surplus_empty_ones_do_no_harm(tmp_path):
     path = tmp_path / "a.csv"
-    path.write_text("a,b\n1\n1,2,3\n")
+    path.write_text("a,b\n1\n1,2,,\n")
     short, long = data.read_csv(path, "a")
-    assert (short["a"], short["b"]) == ("1", "")
-    assert (long["a"], long["b"]) == ("1", "2")
+    assert short == {"a": "1", "b": ""}
+    assert long == {"a": "1", "b": "2"}
     data.write_csv(path, [["a", "b"], [None, 0.1]])
     with open(path, newline="") as file:
         assert list(csv.reader(file)) == [["a", "b"], ["", "0.1"]]
@@ -466,6 +919,36 @@ def test_check_lists_every_kind_of_problem_and_passes_a_good_scan(tmp_path, caps
     assert "applied twice" in said["twice"]
     assert "spacing" in said["small"]
     assert "no such file" in said["absent"]
+
+
+def test_what_looks_wrong_in_a_volume_is_said_of_a_single_scan_too(tmp_path):
+    hu, affine = chest()
+    volume = data.read_volume(save_nifti(tmp_path / "a.nii", hu, affine))
+    assert data.volume_problems(volume) == []
+    wrapped = hu.astype(numpy.uint16)
+    (text,) = data.volume_problems(data.Volume(wrapped, volume.spacing, volume.affine))
+    assert "stored as unsigned" in text and "40 to 65535" not in text
+    head = numpy.where(hu < -500, 40, hu)
+    head[:5] = -1000
+    (text,) = data.volume_problems(data.Volume(head, volume.spacing, volume.affine))
+    assert "no lung in view?" in text
+    (text, *_) = data.volume_problems(data.Volume(hu, (0.6, 6, 6), volume.affine))
+    assert "spacing missing or wrong?" in text
+
+
+def test_check_and_prepare_go_on_after_any_bad_file(tmp_path, capsys):
+    save_nifti(tmp_path / "good.nii", *chest())
+    names = ["good.nii"]
+    for name, (content, _) in promising_files().items():
+        names.append(write(tmp_path / name, content).name)
+    names += ["a" * 300, ".", "absent.npz", "a scan.dcm"]
+    path = write_manifest(tmp_path, [f"n{i},{name}" for i, name in enumerate(names)])
+    assert data.main(["check", str(path)]) == 1
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == f"{len(names)} volumes, {len(names) - 1} with a problem"
+    data.main(f"prepare {path} --out {tmp_path}/cache --shape 8 8 8".split())
+    skipped = data.read_csv(tmp_path / "cache" / "skipped.csv", "name", "reason")
+    assert [line["name"] for line in skipped] == [f"n{i}" for i in range(1, len(names))]
 
 
 def test_prepare_skips_lists_and_counts_bad_volumes_and_replaces_none(tmp_path, capsys):
@@ -509,15 +992,113 @@ def test_a_cache_with_other_settings_is_refused(tmp_path):
         data.Cache(tmp_path / "cache", (3, 3, 3), (8, 8, 8))
 
 
-def test_shards_share_the_work_without_overlap(tmp_path):
+def test_shards_share_the_work_without_overlap_and_each_lists_what_it_skipped(tmp_path):
     names = [f"v{i}" for i in range(5)]
-    for name in names:
+    for name in names[:3]:
         save_nifti(tmp_path / f"{name}.nii.gz", hu_volume())
     path = manifest_of(tmp_path, names)
-    for shard, count in (("1/2", 3), ("2/2", 5)):
+    for shard, count in (("1/2", 2), ("2/2", 3)):
         command = f"prepare {path} --out {tmp_path}/cache --shape 8 8 8 --shard {shard}"
         data.main(command.split())
         assert len(cached(tmp_path)) == count
+    for shard, name in (("1of2", "v4"), ("2of2", "v3")):
+        (line,) = data.read_csv(tmp_path / "cache" / f"skipped.{shard}.csv", "name", "reason")
+        assert line["name"] == name and "no such file" in line["reason"]
+
+
+def test_the_list_of_the_skipped_holds_what_still_is_skipped_and_nothing_else(tmp_path):
+    a, b = data.read_manifest(manifest_of(tmp_path, "ab"))
+    cache = data.Cache(tmp_path / "cache", (2, 2, 2), (8, 8, 8))
+
+    def listed():
+        return [line["name"] for line in data.read_csv(cache.folder / "skipped.csv")]
+
+    data.prepare([a], cache)
+    data.prepare([b], cache)
+    assert listed() == ["a", "b"]
+    save_nifti(a.path, hu_volume())
+    assert data.prepare([a, b], cache)[0] == [a]
+    assert listed() == ["b"]
+
+
+def test_manifests_that_name_different_scans_alike_can_share_a_cache(tmp_path):
+    caches, volumes = data.Cache(tmp_path / "cache", (1, 1, 1), (8, 8, 8)), []
+    for seed, folder in enumerate([tmp_path / "one", tmp_path / "two"]):
+        folder.mkdir()
+        save_nifti(folder / "case1.nii.gz", hu_volume((8, 8, 8), seed), numpy.diag([-1, -1, 1, 1]))
+        ready, _ = data.prepare(data.read_manifest(manifest_of(folder, ["case1"])), caches)
+        volumes.append(caches.read(ready[0]))
+    assert numpy.array_equal(volumes[0], hu_volume((8, 8, 8), 0))
+    assert numpy.array_equal(volumes[1], hu_volume((8, 8, 8), 1))
+
+
+def test_a_volume_for_which_the_memory_is_too_small_is_skipped(tmp_path, monkeypatch):
+    def fail(*arguments, **settings):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    save_nifti(tmp_path / "a.nii.gz", hu_volume())
+    monkeypatch.setattr(data, "preprocess", fail)
+    (row,) = data.read_manifest(manifest_of(tmp_path, "a"))
+    assert "too large for the memory" in data.Cache(tmp_path / "cache").add(row)
+
+
+def test_names_that_differ_after_their_dots_have_files_of_their_own(tmp_path):
+    rows = [data.Row(f"1.2.3.{i}", tmp_path / "a.nii") for i in range(9)]
+    cache = data.Cache(tmp_path / "cache")
+    assert len({cache.path(row) for row in rows}) == 9
+    assert all(cache.path(row).name.startswith(f"{row.name}.") for row in rows)
+
+
+def test_a_cache_can_be_moved_with_its_manifest_and_used_without_the_scans(tmp_path, monkeypatch):
+    before, after = tmp_path / "before", tmp_path / "after"
+    before.mkdir()
+    save_nifti(before / "a.nii.gz", hu_volume())
+    rows = data.read_manifest(manifest_of(before, "a"))
+    data.prepare(rows, data.Cache(before / "cache", (2, 2, 2), (8, 8, 8)))
+    before.rename(after)
+    (after / "a.nii.gz").unlink()
+    monkeypatch.chdir(after)
+    for manifest, cache in ((after / "manifest.csv", after / "cache"), ("manifest.csv", "cache")):
+        cache = data.Cache(cache, (2, 2, 2), (8, 8, 8))
+        assert all(map(cache.holds, data.read_manifest(manifest)))
+
+
+def test_prepare_sweeps_what_killed_runs_left_and_nothing_else(tmp_path):
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    left = [folder / f".a.npy.{gone.pid}.tmp", folder / f".skipped.csv.{gone.pid}.tmp"]
+    stay = [folder / f".a.npy.{os.getpid()}.tmp", folder / ".a.npy.tmp", folder / "a.1.tmp",
+            folder / f".a.{10**30}.tmp"]
+    for file in left + stay:
+        file.touch()
+    save_nifti(tmp_path / "a.nii.gz", hu_volume())
+    prepare = f"prepare {manifest_of(tmp_path, 'a')} --out {folder} --shape 8 8 8".split()
+    data.main([*prepare, "--shard", "1/2"])  # the others may be written on another machine now
+    assert all(file.exists() for file in left)
+    data.main(prepare)
+    assert not any(file.exists() for file in left) and all(file.exists() for file in stay)
+
+
+@pytest.mark.parametrize("option", [
+    "--shape 0 0 0", "--shape 8 8 -8", "--shape 99999 99999 9", "--shape 8 8 x",
+    "--hu-range 1000 -1000", "--hu-range 0 0", "--hu-range -40000 0", "--hu-range 0 40000",
+    "--spacing 0 1 1", "--spacing nan 1 1", "--spacing 1 nan 1", "--spacing inf 1 1",
+    "--spacing 1 1 -1", "--spacing 1 1 1e-9", "--workers 0", "--workers -1", "--workers 99999",
+    "--workers 1.5", "--shard 0/4",
+])
+def test_impossible_settings_are_refused_before_anything_is_written(tmp_path, capsys, option):
+    save_nifti(tmp_path / "a.nii.gz", hu_volume())
+    path = manifest_of(tmp_path, "a")
+    command = ["prepare", str(path), "--out", str(tmp_path / "cache"), *option.split()]
+    try:
+        status = data.run_command(lambda: data.main(command))
+    except SystemExit as stop:
+        status = stop.code
+    assert status == 2 and not (tmp_path / "cache").exists()
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "error: " in last and len(last) < 300
 
 
 @pytest.mark.parametrize("shard", ["0/2", "3/2", "x", "1/2/3"])
@@ -545,6 +1126,65 @@ def test_a_killed_prepare_is_finished_by_the_same_command(tmp_path):
         assert numpy.load(file, allow_pickle=False).shape == (96, 96, 96)
     assert subprocess.run(command, capture_output=True).returncode == 0
     assert len(cached(tmp_path)) == 40
+
+
+# ---- mutations
+
+def mutations(content, count, region, seed):
+    """Mutants of a file: bytes changed, most of them in its first `region`, cut, doubled, moved."""
+    random = numpy.random.default_rng(seed)
+    for i in range(count):
+        mutant = bytearray(content)
+        where = random.integers(region if i % 4 else len(content), size=random.integers(1, 5))
+        values = random.choice([0, 1, 0x7F, 0x80, 0xFF, *random.integers(0, 256, 5)], len(where))
+        for at, value in zip(where, values):
+            mutant[at] = value
+        if i % 5 == 0:
+            at = random.integers(len(content))
+            mutant[at:] = random.choice([b"", content[:at], b"\0" * 99, content[at // 2:]])
+        yield bytes(mutant)
+
+
+@pytest.mark.parametrize("name", ["a.nii", "b.nii", "a.nii.gz", "a.npz", "b.npz"])
+def test_a_damaged_volume_is_a_volume_or_one_line(tmp_path, capfd, peak, name):
+    hu = hu_volume((8, 7, 6))
+    content = {
+        "a.nii": nifti_bytes(hu), "b.nii": nifti_bytes(hu, kind=nibabel.Nifti2Image),
+        "a.nii.gz": gzip.compress(nifti_bytes(hu), 0), "a.npz": archive(hu.shape, hu.tobytes()),
+    }.get(name)
+    if content is None:
+        numpy.savez(tmp_path / name, ct=hu)
+        content = (tmp_path / name).read_bytes()
+    path, refused = tmp_path / name, 0
+    for mutant in mutations(content, 300, min(540, len(content)), seed=0):
+        path.write_bytes(mutant)
+        try:
+            volume = data.read_volume(path)
+        except ValueError as error:
+            refused += 1
+            assert str(error).startswith(f"{path}: ") and str(error).isprintable()
+            continue
+        assert volume.hu.ndim == 3 and numpy.isfinite(volume.hu).all()
+        data.volume_problems(volume)
+        data.preprocess(volume.hu, volume.spacing, (3, 3, 3), (8, 8, 8))
+    assert refused > 30 and peak() < 2**26
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_damaged_manifest_is_a_manifest_or_one_line_that_quotes_nothing(tmp_path):
+    header = "name,path,split,report,slope,spacing_x,label:Cyst\n"
+    lines = [f'n{i},n{i}.nii,train,"{SECRET}, wide",1,0.7,{i % 2}\n' for i in range(6)]
+    content, refused = (header + "".join(lines)).encode(), 0
+    path = tmp_path / "m.csv"
+    for mutant in mutations(content, 600, len(content), seed=0):
+        path.write_bytes(mutant)
+        try:
+            data.read_manifest(path)
+        except ValueError as error:
+            refused += 1
+            assert str(error).startswith(str(path)) and str(error).isprintable()
+            assert "left lobe" not in str(error)
+    assert refused > 100
 
 
 # ---- texts and training pairs
