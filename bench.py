@@ -9,19 +9,54 @@ import argparse
 import ctypes
 import json
 import re
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from functools import partial
 from pathlib import Path
+
+
+def parse(argv=None):
+    """The command line's arguments."""
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    commands = parser.add_subparsers(required=True, dest="command")
+
+    def add(name, help, example=""):
+        epilog = f"example: python bench.py {name} {example}"
+        return commands.add_parser(name, help=help, epilog=epilog).add_argument
+
+    add("preprocess", "resampling of one scan beside SimpleITK")
+    option = add("evaluate", "1,000 patient resamples beside scikit-learn; one scan", "--sets 200")
+    option("--sets", type=int, default=1000, help="simulated data sets for the intervals")
+    option = add("summarize", "the small summarizer; the decoder beside transformers", "--small")
+    option("--checkpoint", help="the small summarizer's folder; default: the one that comes along")
+    option("--small", action="store_true", help="the small summarizer alone")
+    option("--pairs", help=argparse.SUPPRESS)
+    add("attention", "the bank's attention beside eager torch and its fused attention")
+    option = add("ablation", "summaries and bank, each alone and both", "--seeds 2 --epochs 30")
+    option("--seeds", type=int, default=3)
+    option("--epochs", type=int, default=12)
+    option("--out", default="runs/ablation", help="the runs' folder")
+    option = add("hostile", "damaged and foreign files to every reader", "--n 1000")
+    option("--n", type=int, default=10_000, help="files")
+    option("--seed", type=int, default=0)
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__" and {"-h", "--help"} & {*sys.argv}:
+    parse()  # before torch is loaded, so that it is quick
 
 import nibabel
 import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
+from tqdm import tqdm
 
 import cmki
 import data
@@ -149,7 +184,8 @@ def bench_summarize(arguments):
     if arguments.pairs:
         raise ValueError(f"--pairs is now: python distil.py --curriculum {arguments.pairs}")
     for wordings in ("usual", "held-out"):
-        bench_small_summarizer(arguments.checkpoint, wordings)
+        checkpoint = arguments.checkpoint or summarize.SMALL_CHECKPOINT
+        bench_small_summarizer(checkpoint, wordings)
     if not arguments.small:
         bench_decoder()
 
@@ -394,34 +430,35 @@ def ablation_figure(pictures):
     return figure
 
 
+# ---------------------------------------------------------------- hostile files
+def bench_hostile(arguments):
+    """Counts of what n damaged files lead to; faults are printed and left in runs/hostile."""
+    sys.path.append(str(Path(__file__).parent / "tests"))
+    from hostile import hostile_outcomes
+    folder = Path("runs/hostile")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    before, counts, faults = memory("VmHWM"), Counter(), 0
+    results = hostile_outcomes(folder, arguments.n, arguments.seed)
+    for name, result in tqdm(results, "hostile", arguments.n, unit="file"):
+        fault = result not in ("read", "refused")
+        faults += fault
+        counts[name, "faults" if fault else result] += 1
+        if fault:
+            print(f"{name}: {result}")
+    print("\n| file | read | refused in one line | faults |\n|---|---|---|---|")
+    for name in sorted({name for name, _ in counts}):
+        row = [counts[name, kind] for kind in ("read", "refused", "faults")]
+        print(f"| {name} | {row[0]} | {row[1]} | {row[2]} |")
+    grown = (memory("VmHWM") - before) / 2**20
+    print(f"\nmemory beyond that of the start, at most: {grown:.0f} MiB")
+    return 1 if faults else 0
+
 # ---------------------------------------------------------------- command line
 def main(argv=None):
     """The command line; returns the exit status."""
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
-    commands = parser.add_subparsers(required=True)
-
-    def add(run, example=""):
-        name, help = run.__name__.removeprefix("bench_"), run.__doc__.splitlines()[0]
-        epilog = f"example: python bench.py {name} {example}"
-        command = commands.add_parser(name, help=help, epilog=epilog)
-        command.set_defaults(run=run)
-        return command.add_argument
-
-    add(bench_preprocess)
-    option = add(bench_evaluate, "--sets 200")
-    option("--sets", type=int, default=1000, help="simulated data sets for the intervals")
-    option = add(bench_summarize, "--small")
-    option("--checkpoint", default=summarize.SMALL_CHECKPOINT, help="the small summarizer's folder")
-    option("--small", action="store_true", help="the small summarizer alone")
-    option("--pairs", help=argparse.SUPPRESS)
-    add(bench_attention)
-    option = add(bench_ablation, "--seeds 2 --epochs 30")
-    option("--seeds", type=int, default=3)
-    option("--epochs", type=int, default=12)
-    option("--out", default="runs/ablation", help="the runs' folder")
-    arguments = parser.parse_args(argv)
-    return arguments.run(arguments)
+    arguments = parse(argv)
+    return globals()[f"bench_{arguments.command}"](arguments)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,23 @@ import zipfile
 from collections import OrderedDict
 from pathlib import Path
 
+
+def parse():
+    """The command line's arguments."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    official = commands.add_parser("official", help="the authors' released checkpoint")
+    official.add_argument("checkpoint", help="a PyTorch Lightning .ckpt")
+    official.add_argument("--tokenizer", required=True, help="their BERT's directory")
+    official.add_argument("--out", required=True, help="the directory to write")
+    return parser.parse_args()
+
+
+if __name__ == "__main__" and {"-h", "--help"} & {*sys.argv}:
+    parse()  # before torch is loaded, so that it is quick
+
 import torch
 
 from model import BrgSA, Config, from_bert, read_tokenizer
@@ -192,15 +209,7 @@ def run_command(main):
 
 def main():
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-    official = commands.add_parser("official", help="the authors' released checkpoint")
-    official.add_argument("checkpoint", help="a PyTorch Lightning .ckpt")
-    official.add_argument("--tokenizer", required=True, help="their BERT's directory")
-    official.add_argument("--out", required=True, help="the directory to write")
-    a = parser.parse_args()
+    a = parse()
     model, left_out = convert(a.checkpoint, a.tokenizer, a.out)
     weights = sum(weight.numel() for weight in model.parameters())
     pieces = model.text.tokenizer.get_vocab_size()

@@ -757,21 +757,22 @@ def report_sha256(report):
 def read_records(path):
     """summaries.jsonl -> {sha256 of the report: its record}; ValueError names a bad line."""
     records = {}
-    with open(path, encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                record = json.loads(line)
-                records[record["report_sha256"]] = record
-            except (ValueError, KeyError, TypeError):
-                mend = "delete it and run summarize.py again, which does that report anew"
-                raise ValueError(f"{path}: line {number} is not a summary; {mend}") from None
+    for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
+        try:
+            record = json.loads(line)
+            records[record["report_sha256"]] = record
+        except (ValueError, KeyError, TypeError, RecursionError):
+            mend = "delete it and run summarize.py again, which does that report anew"
+            raise ValueError(f"{path}: line {number} is not a summary; {mend}") from None
     return records
 
 
 def read_summaries(path):
     """summaries.jsonl -> {sha256 of the report: summary}; failed summaries are left out."""
-    records = read_records(path)
-    return {sha: record["summary"] for sha, record in records.items() if record.get("summary")}
+    summaries = {sha: record.get("summary") for sha, record in read_records(path).items()}
+    if not all(isinstance(summary or "", str) for summary in summaries.values()):
+        raise ValueError(f"{path}: a summary is no text; run summarize.py again, into a new file")
+    return {sha: summary for sha, summary in summaries.items() if summary}
 
 
 def text_of(row, summaries):

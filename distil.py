@@ -19,6 +19,54 @@ import sys
 import tomllib
 from pathlib import Path
 
+
+def positive(text, kind=float, most=math.inf):
+    """A number above 0, for argparse."""
+    value = kind(text)
+    if not 0 < value < most:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and {most}")
+    return value
+
+
+def positive_int(text):
+    """A whole number above 0, for argparse."""
+    return positive(text, int)
+
+
+def share(text):
+    """A number from 0 to 1, for argparse."""
+    return positive(text, most=1) if float(text) else 0.0
+
+
+def parse():
+    """The command line's arguments, those that are typed."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS)
+    add = parser.add_argument
+    add("--curriculum", metavar="FILE", help="write the curriculum's 800,000 pairs, no more")
+    add("--pairs", help='lines {"report", "abnormalities"}; or a summaries.jsonl, with --manifest')
+    add("--out", help="directory of the checkpoint to write")
+    add("--manifest", help="where the reports of a summaries.jsonl are")
+    add("--checkpoint", help="fine-tune this one; left out: a new small Llama of these sizes:")
+    for name in ("vocab", "width", "layers", "heads"):
+        add(f"--{name}", type=positive_int)
+    add("--reads", choices=["reports", "sentences"],
+        help="what a new checkpoint is asked for: sentences if the pairs are such")
+    for name in ("steps", "tokens"):
+        add(f"--{name}", type=positive_int)
+    add("--seed", type=int)
+    add("--lr", type=positive)
+    add("--dropout", type=share, help="of the tokenizer's merges in training (BPE-dropout)")
+    add("--caution", type=positive,
+        help="weight of pairs that affirm nothing; above 1: rather miss than invent a finding")
+    add("--device")
+    return parser.parse_args()
+
+
+if __name__ == "__main__" and {"-h", "--help"} & {*sys.argv}:
+    parse()  # before torch is loaded, so that it is quick
+
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save as to_safetensors
@@ -316,27 +364,7 @@ def save(llm, out, dtype):
 
 # ---- command line --------------------------------------------------------------------------------
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        argument_default=argparse.SUPPRESS)
-    add = parser.add_argument
-    add("--curriculum", metavar="FILE", help="write the curriculum's 800,000 pairs, no more")
-    add("--pairs", help='lines {"report", "abnormalities"}; or a summaries.jsonl, with --manifest')
-    add("--out", help="directory of the checkpoint to write")
-    add("--manifest", help="where the reports of a summaries.jsonl are")
-    add("--checkpoint", help="fine-tune this one; left out: a new small Llama of these sizes:")
-    for name in ("vocab", "width", "layers", "heads"):
-        add(f"--{name}", type=int)
-    add("--reads", choices=["reports", "sentences"],
-        help="what a new checkpoint is asked for: sentences if the pairs are such")
-    for name in ("steps", "tokens", "seed"):
-        add(f"--{name}", type=int)
-    add("--lr", type=float)
-    add("--dropout", type=float, help="of the tokenizer's merges in training (BPE-dropout)")
-    add("--caution", type=float, help="weight of pairs that affirm nothing: above 1 a finding is "
-        "rather missed than invented")
-    add("--device")
-    settings = vars(parser.parse_args())
+    settings = vars(parse())
     if "curriculum" in settings:
         path, lines = settings["curriculum"], []
         for sentence, names in curriculum(800_000):

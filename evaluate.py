@@ -168,8 +168,10 @@ def _read_prompts(given):
         text = path.read_text(encoding="utf-8")
         names = filter(None, map(str.strip, text.splitlines()))
         named = json.loads(text) if path.suffix == ".json" else dict.fromkeys(names)
+        if not named:
+            raise ValueError("no class is named")
         return {name: _make_prompt(name, wanted) for name, wanted in named.items()}
-    except (ValueError, AttributeError, TypeError) as error:
+    except (ValueError, AttributeError, TypeError, RecursionError) as error:
         form = 'the form is {"Lung nodule": ["There is a lung nodule", ...]}'
         raise ValueError(f"{path}: can't be read as prompts ({error}); {form}") from None
 
@@ -632,6 +634,7 @@ def evaluate_volume(run, path, out=None, method=None, **options):
     result = {"volume": str(path), "model": str(run)}
     if config.trained_on == "phantom":
         result["warning"] = report.PHANTOM_WARNING
+    result["problems"] = data.volume_problems(volume)
 
     # rank
     percentiles, others = [None] * len(scores), []

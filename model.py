@@ -91,6 +91,7 @@ class Config:
         for name in ("spacing", "shape", "crop", "patch"):
             value = getattr(self, name)
             _require(len(value) == 3 and all(0 < size < math.inf for size in value), name, value)
+        _require(self.text_dropout < 1, "text_dropout", self.text_dropout)
         _require(self.version == Config.version, "version", self.version)
         for name in SIZES:
             _require(getattr(self, name) > 0, name, getattr(self, name))

@@ -65,7 +65,7 @@ def table(result, level="volume"):
 
 def volume_table(result):
     """What the terminal shows of one scan: its findings, ranked."""
-    lines = [f"note: {result['warning']}"] if "warning" in result else []
+    lines = [f"note: {text}" for text in _notes(result)]
     scale = "no percentile: the run has no reference.safetensors, the training scans' embeddings"
     if result["reference_scans"]:
         scale = f"higher than % of the {result['reference_scans']} training scans"
@@ -77,6 +77,12 @@ def volume_table(result):
             bar = f"{place:6.1f}  {'#' * round(place / 5):20}"
         lines.append(f"{finding['abnormality']:{width}}  {bar}  {finding['score']:+.3f}")
     return "\n".join(lines)
+
+
+def _notes(result):
+    """What is to be known of one scan's result before it is read."""
+    warning = [result["warning"]] if "warning" in result else []
+    return warning + [f"the scan: {text}" for text in result["problems"]]
 
 
 def _named(level):
@@ -423,8 +429,8 @@ def most_wrong(scores, labels, rows, n=3):
 def volume_page(result, pngs=()):
     """report.html of one scan: the findings, ranked, and the heat maps of the first of them."""
     parts, lines, figures = [], [], []
-    if "warning" in result:
-        parts.append(f"<p class=note>Note: {result['warning']}.</p>")
+    for text in _notes(result):
+        parts.append(f"<p class=note>Note: {escape(text)}.</p>")
     ranked = "No percentile: the run lacks its training scans."
     if result["reference_scans"]:
         scans = f"{result['reference_scans']} training scans"

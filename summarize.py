@@ -330,14 +330,13 @@ def wait():
 def read_records(path):
     """summaries.jsonl -> {sha256 of the report: its record}; ValueError names a bad line."""
     records = {}
-    with open(path, encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                record = json.loads(line)
-                records[record["report_sha256"]] = record
-            except (ValueError, KeyError, TypeError):
-                mend = "delete it and run summarize.py again, which does that report anew"
-                raise ValueError(f"{path}: line {number} is not a summary; {mend}") from None
+    for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
+        try:
+            record = json.loads(line)
+            records[record["report_sha256"]] = record
+        except (ValueError, KeyError, TypeError, RecursionError):
+            mend = "delete it and run summarize.py again, which does that report anew"
+            raise ValueError(f"{path}: line {number} is not a summary; {mend}") from None
     return records
 
 

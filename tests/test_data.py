@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -1237,6 +1238,21 @@ def test_texts_are_one_to_five_sentences_of_the_report_in_random_order(tmp_path)
         assert len(set(parts)) == len(parts)
         counts.add(len(parts))
     assert counts == {1, 2, 3, 4, 5}
+
+
+def test_the_authors_draw_as_many_sentences_as_there_are_up_to_five(tmp_path):
+    report = "1. Heart is large. Stable. No 3.5 cm mass. A b. C d. E f. G h. There is fluid"
+    rows, cache, pairs = training_pairs(tmp_path, [report, "One. Two words."], drawing="authors")
+    parts = ["Heart is large.", "No.", "5 cm mass.", "A b.", "C d.", "E f.", "G h."]
+    whole = {part for part in [*parts, "There is fluid."] if part != "No."}  # a word is none
+    seen = set()
+    for epoch in range(40):
+        drawn = set(re.findall(r"[^.]+\.", pairs[epoch, 0][1]))
+        drawn = {part.strip() for part in drawn}
+        assert len(drawn) == 5 and drawn <= whole
+        seen |= drawn
+        assert pairs[epoch, 1][1] == "Two words."
+    assert seen == whole
 
 
 def test_texts_are_drawn_from_the_summary_where_there_is_one(tmp_path):
