@@ -549,13 +549,16 @@ def _no_chest(root, split):
 
 
 def rad_chestct_manifest(root, split):
-    """Rows of RAD-ChestCT's `split` (train, valid or test).
+    """Rows of RAD-ChestCT's `split` (train, valid, test, or all, on which the authors evaluate).
 
     Its columns are finding*location. A class is present if any of its findings (RAD_CHESTCT) is, at
     any location. A finding that belongs to none of the 16 classes is one under its own name.
     """
-    if split not in ("train", "valid", "test"):
-        raise ValueError(f"RAD-ChestCT has the splits train, valid and test, not '{split}'")
+    splits = ("train", "valid", "test")
+    if split == "all":
+        return [row for part in splits for row in rad_chestct_manifest(root, part)]
+    if split not in splits:
+        raise ValueError(f"RAD-ChestCT has the splits train, valid, test and all, not '{split}'")
     root = Path(root)
     rows = []
     file = _find(root, f"img{split}_Abnormality_and_Location_Labels.csv")
@@ -1043,7 +1046,7 @@ def main(argv=None):
     add = command.add_argument
     add("--dataset", choices=["ct-rate", "rad-chestct"], required=True)
     add("--root", type=Path, required=True, help="the folder that the data set was downloaded to")
-    add("--split", required=True, help="ct-rate: train, valid; rad-chestct: train, valid, test")
+    add("--split", required=True, help="ct-rate: train, valid; rad-chestct: train, valid, test, all")
     add("--release", type=int, choices=[1, 2],
         help="CT-RATE's; default: 2 (the _fixed folders) where it is there")
     add("--out", type=Path, required=True)

@@ -561,6 +561,16 @@ def test_a_synthetic_rad_chestct_runs_end_to_end(tmp_path):
     assert "Coronary artery disease" in everything["volume"]["classes"]
     Page((out / "report.html").read_text())
 
+    # all three splits at once, as the authors evaluate
+    for part, part_lines in (("train", lines[:5]), ("valid", lines[5:8]), ("test", lines[8:])):
+        file = f"img{part}_Abnormality_and_Location_Labels.csv"
+        write_table(tmp_path / file, ["NoteAcc_DEID", *columns], part_lines)
+    manifest = make_manifest("rad-chestct", tmp_path, "all")
+    result = evaluate.evaluate(
+        run, manifest, "all", out=out, benchmark="rad-chestct", protocol="authors")
+    assert (result["split"], result["volumes"]) == ("all", 12)
+    assert evaluate.evaluate(run, manifest, out=out)["volumes"] == 4  # the test split
+
 
 def test_a_synthetic_ct_rate_lt_runs_end_to_end(tmp_path):
     """Labels of the 18 and of the rare 15 in two files, one scan in the first alone."""
