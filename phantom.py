@@ -120,9 +120,9 @@ class Anatomy:
         self.offset = f32((u(-30, 30), u(-180, -120), u(-900, 200)))  # of the scanner
         for quantity, limits in DATA["patient"].items():
             setattr(self, quantity, u(*limits))
-        for name, organ in (("Cardiomegaly", "heart"), ("Atherosclerosis", "aorta")):
+        for name, quantity in (("Cardiomegaly", "heart_scale"), ("Atherosclerosis", "aorta_scale")):
             if name in lesions:
-                setattr(self, organ, lesions[name][0]["scale"])
+                setattr(self, quantity, lesions[name][0]["scale"])
 
     # Chest and lungs.
     def ring(self, x, y):
@@ -152,13 +152,13 @@ class Anatomy:
     def heart_distance(self, *at):
         """Signed distance, roughly, to the heart's surface."""
         centre, radii, axes = DATA["heart"].values()
-        return ellipsoid(at, centre, array(radii) * self.heart, axes)
+        return ellipsoid(at, centre, array(radii) * self.heart_scale, axes)
 
     def on_heart(self, directions, lift):
         """Points on the heart's surface, lifted by a factor, in directions (N, 3) in its axes."""
         centre, radii, axes = DATA["heart"].values()
         unit = directions / norm(directions, axis=1, keepdims=True)
-        return centre + unit * radii * self.heart * lift @ array(axes)
+        return centre + unit * radii * self.heart_scale * lift @ array(axes)
 
     def depth(self, x, y, z):
         """How deep points lie in a lung, mm (negative: outside)."""
@@ -180,9 +180,9 @@ class Anatomy:
 
     # Vessels, airways, ribs.
     @property
-    def great_artery(self):
+    def aorta(self):
         """The aorta's centre line (100, 3) and radii (100,)."""
-        return path(DATA["aorta"]), linspace(15.5, 11.5, 100) * self.aorta
+        return path(DATA["aorta"]), linspace(15.5, 11.5, 100) * self.aorta_scale
 
     def tree(self, side, kind):
         """A lung's tree of tubes as it winds in this patient -> points (N, 3), radii (N,)."""
@@ -300,7 +300,7 @@ class Canvas:
 
     def heart(self, reach=0):
         """The part with the heart and so many mm around it, the signed distance to it there."""
-        part = self.box(DATA["heart"]["centre"], 60 * self.body.heart + reach)
+        part = self.box(DATA["heart"]["centre"], 60 * self.body.heart_scale + reach)
         return part, self.body.heart_distance(*part.at)
 
     def tube(self, points, radii):
@@ -432,7 +432,7 @@ def vessels(c):
     """The great vessels and the esophagus; the trees of the lungs' arteries and veins."""
     body = c.body
     tubes = [(path(points), radius) for radius, points in DATA["vessels"].values()]
-    part, distance = c.tube(*joined([body.great_artery, *tubes]))
+    part, distance = c.tube(*joined([body.aorta, *tubes]))
     part.paint(distance, body.blood)
     part.lung *= 1 - part.cover(distance)
     trees = [body.tree(*which) for which in product(SIDES, ("artery", "vein"))]
@@ -723,7 +723,7 @@ def lymphadenopathy(pen):
 
 def plaques(pen, n, size, thick):
     """n calcified plaques of some mm in the wall of the aortic arch and the descending aorta."""
-    line, radii = pen.body.great_artery
+    line, radii = pen.body.aorta
     tangents = np.gradient(line, axis=0)
     for start in pen.rng.integers(22, 90, n):
         i = minimum(start + pen.rng.integers(0, size // 3, 40), 99)
@@ -734,7 +734,7 @@ def plaques(pen, n, size, thick):
 
 def atherosclerosis(pen):
     """A wide aorta with soft plaque inside its wall and coarse calcified plaques on it."""
-    line, radii = pen.body.great_artery
+    line, radii = pen.body.aorta
     pen.stroke(line, radii - 1, 12)
     pen.stroke(line, radii - pen.size * (.6 + .4 * sin(arange(100) / 2)), pen.body.blood + 6)
     plaques(pen, 26, 26, (1.8, 2.8))
