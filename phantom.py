@@ -24,31 +24,15 @@ import sys
 import tomllib
 import zlib
 from concurrent.futures import ProcessPoolExecutor
-from functools import cache, cached_property, partial, reduce
+from copy import copy
+from functools import cache, reduce
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import nibabel as nib
 import numpy as np
-from numpy import (
-    arange,
-    array,
-    broadcast_to,
-    clip,
-    concatenate,
-    cos,
-    exp,
-    float32,
-    hypot,
-    linspace,
-    maximum,
-    minimum,
-    sin,
-    sqrt,
-    stack,
-)
+from numpy import arange, array, clip, concatenate, cos, hypot, linspace, maximum, minimum, sin
 from numpy.linalg import norm
 from numpy.random import default_rng
 from tqdm import tqdm
@@ -59,7 +43,6 @@ from phantom_reports import (
     CT_RATE_LT,
     LESIONS,
     LOBES,
-    LOWER,
     SIDES,
     SIGN,
     SITUATIONS,
@@ -71,40 +54,60 @@ from phantom_reports import (
     report,
 )
 
-VERSION = 2  # raise it whenever the bytes written for a seed change
+VERSION = 3  # raise it whenever the bytes written for a seed change
 DATA = tomllib.loads((Path(__file__).parent / "resources/phantom_scans.toml").read_text("utf-8"))
 
 
 # ---------------------------------------------------------------------------------- the patient
-# Coordinates are the patient's, in mm: x to the left, y to the back, z up from the lowest point of
-# the lungs, (0, 0) in the middle of the chest. Shapes are given by their signed distance, in mm,
-# negative inside. A patient is the mean one of resources/phantom_scans.toml, stretched, with tissue
-# values, curvatures and twists of their own.
-LINES = DATA["lines"] | DATA["vessels"] | DATA["airways"]
+# All is drawn in the mean patient, in mm: x to the left, y to the back, z up from the lowest point
+# of the lungs, (0, 0) in the middle of the chest. A patient is this one with an anatomy of its own,
+# stretched along the axes. Shapes are given by their signed distance, in mm, negative inside.
+WIDE, DEEP, HIGH = 122, 86, 226  # half the chest's width and depth, the height of the lungs
+PITCH = 21.8  # height of a vertebra with its disc
+TUBES = DATA["vessels"] | DATA["airways"]
 
 
 def f32(values):
     """An array of float32."""
-    return np.asarray(values, float32)
+    return np.asarray(values, np.float32)
 
 
 def profile(name, at):
-    """A quantity of the mean patient that changes along the body, at some places along it."""
+    """A quantity that changes along the body, at some places along it."""
     return f32(np.interp(at, *DATA["profiles"][name]))
 
 
-def path(points, step=1.5, smooth=0):
-    """Resample a polyline (N, 3) every step mm; smooth: round its corners over so many mm."""
-    points = f32(points)
-    lengths = norm(np.diff(points, axis=0), axis=1)
-    along = concatenate(([0], np.cumsum(lengths)))
-    at = arange(0, along[-1] + step, step)
-    line = stack([np.interp(at, along, axis) for axis in points.T], 1)
-    if smooth:
-        n = int(smooth / step) | 1
-        padded = np.pad(line, ((n // 2, n // 2), (0, 0)), "edge")
-        line = stack([np.convolve(axis, np.ones(n) / n, "valid") for axis in padded.T], 1)
-    return f32(line)
+def path(points, n=100):
+    """A polyline (N, 3) as n points."""
+    corners = arange(len(points))
+    at = linspace(0, corners[-1], n)
+    return f32([np.interp(at, corners, axis) for axis in zip(*points)]).T
+
+
+def joined(tubes):
+    """[(line (N, 3), radius or radii)] -> the points of all, their radii."""
+    lines = [line for line, _ in tubes]
+    radii = [np.broadcast_to(radius, len(line)) for line, radius in tubes]
+    return concatenate(lines), concatenate(radii)
+
+
+def ellipsoid(at, centre, radii, axes=np.eye(3)):
+    """Signed distance, roughly, of points (x, y, z) to an ellipsoid whose axes are rows."""
+    x, y, z = (place - middle for place, middle in zip(at, f32(centre)))
+    squares = 0
+    for (a, b, c), radius in zip(f32(axes), f32(radii)):
+        squares = squares + ((x * a + y * b + z * c) / radius) ** 2
+    return (np.sqrt(squares) - 1) * f32(min(radii))
+
+
+def level(number):
+    """Height of the middle of thoracic vertebra `number`."""
+    return 236 - PITCH * (number - 1)
+
+
+def spine(z):
+    """y of the vertebrae's middle."""
+    return 44 + 8 * (1 - ((z - 120) / 130) ** 2)
 
 
 class Anatomy:
@@ -113,1122 +116,707 @@ class Anatomy:
     def __init__(self, rng, lesions):
         u = rng.uniform
         self.female = rng.random() < .48
-        size = u(.93, 1.05) - .05 * self.female
-        self.a = 122 * size * u(.95, 1.04)  # half the chest's width
-        self.b = 86 * size * u(.92, 1.07)  # half its depth
-        self.top = 226 * size * u(.95, 1.05)  # height of the lungs
-        self.scale = f32((self.a / 122, self.b / 86, self.top / 226))
-        self.boxy = u(2.1, 2.7)
-        self.roll = math.radians(rng.gauss(0, 3))  # of the patient on the table
-        self.wall = u(13, 18)  # of muscle
-        self.fat = u(4, 20)  # under the skin
-        self.breast = self.female * u(.6, 1.1)
-        self.lobed = [u(-.06, .06) for _ in range(4)]  # waves of the fat
-        self.dome = {"right": u(48, 66), "left": u(40, 58)}
-        least = .96 if "Cardiomegaly" in lesions else .84
-        self.heart_scale = u(least, 1.06) * enlarged(lesions, "Cardiomegaly")
-        self.aorta_scale = u(.88, 1.08) * enlarged(lesions, "Atherosclerosis")
-        self.kyphosis = u(2, 14)
-        self.bone_age = u(.7, 1.15)  # a factor of the density of bone
-        tissues = {tissue: u(*limits) for tissue, limits in DATA["hu"].items()}
-        self.hu = SimpleNamespace(**tissues)
-        self.hu.bone *= self.bone_age
-        self.hu.cortex *= self.bone_age
-        self.table = u(8, 22), u(-260, -60), rng.random() < .9  # gap, HU, is it in the picture?
-        self.twist = f32([u(-5, 5) for _ in range(6)]).reshape(3, 2)  # of vessels and airways
+        self.scale = f32((u(.89, 1.05), u(.86, 1.07), u(.9, 1.06))) - .04 * self.female
         self.offset = f32((u(-30, 30), u(-180, -120), u(-900, 200)))  # of the scanner
-
-    def at(self, *points):
-        """Points of the mean patient -> this patient's, (N, 3)."""
-        return f32(points) * self.scale
+        for quantity, limits in DATA["patient"].items():
+            setattr(self, quantity, u(*limits))
+        for name, quantity in (("Cardiomegaly", "heart_scale"), ("Atherosclerosis", "aorta_scale")):
+            if name in lesions:
+                setattr(self, quantity, lesions[name][0]["scale"])
 
     # Chest and lungs.
-    def radius(self, x, y, z):
-        """Distance of the chest's inner wall from the body's axis, towards (x, y), at height z."""
-        r = hypot(x, y) + 1e-3
-        across, deep = abs(x) / r / self.a, abs(y) / r / self.b
-        outline = (across ** self.boxy + deep ** self.boxy) ** (-1 / self.boxy)
-        height = z / self.top
-        return profile("width", height) * outline + profile("apex", height) * (y / r)
+    def ring(self, x, y):
+        """How far out (x, y) lies: 1 on the chest's inner wall where it is widest."""
+        return (abs(x / WIDE) ** self.boxy + abs(y / DEEP) ** self.boxy) ** (1 / self.boxy)
 
-    def front(self, z):
-        """y just before the sternum's middle."""
-        return -self.radius(*f32((0, -1)), f32(z)) - 7
+    def cavity(self, x, y, z):
+        """Signed distance, roughly, to the chest's inner wall."""
+        return 100 * (self.ring(x, y) - profile("chest", z))
 
-    def layers(self, x, y, z):
-        """Signed distances to the skin and to the muscles' surface; how thick the muscles are."""
-        r = hypot(x, y) + 1e-3
-        side, back, height = (x / r) ** 2, y / r, z / self.top
-        wall = self.wall * (1 + .9 * exp(-((back - .9) / .14) ** 2) + .25 * side ** 2)
-        chest = profile("taper", height) * self.radius(x, y, float32(.35 * self.top))
-        muscle = r - wall - chest - profile("shoulders", height) * side
-        angle = np.arctan2(x, y)
-        waves = 1 + sum(w * cos((n + 2) * angle) for n, w in enumerate(self.lobed))
-        return muscle - self.fat * waves * (1.1 - .25 * back), muscle, wall
+    def muscle(self, x, y, z):
+        """Signed distance, roughly, to the muscles' surface."""
+        return 100 * (self.ring(x, y) - profile("trunk", z)) - self.wall
+
+    def rim(self, angle, z, out=0):
+        """Points (N, 3) on the chest's inner wall, out mm outside it, at angles from the front."""
+        x, y = sin(angle), -cos(angle)
+        r = maximum(profile("chest", z), .3) / self.ring(x, y) + out
+        return f32(np.broadcast_arrays(x * r, y * r, z)).T
 
     def diaphragm(self, x, y):
         """Its height: two domes, which fall towards the rim and the back."""
-        rim = clip(hypot(x / self.a, y / self.b), 0, 1.1)
-        right = 1 / (1 + exp(clip(x / 12, -30, 30)))
-        dome = self.dome["left"] + right * (self.dome["right"] - self.dome["left"])
-        bulge = 8 * exp(-((abs(x) - 62) ** 2 + (y + 10) ** 2) / 2000)
-        return dome * (1 - rim ** 3) - clip(y, 0, None) * .12 + bulge
+        deep = ((y + 12) / 75) ** 2
+        right, left = (np.exp(-((x + side) / 58) ** 2 - deep) for side in (48, -48))
+        return self.right_dome * right + self.left_dome * left
 
-    def mediastinum(self, y, z):
-        """Half the width between the lungs without the heart."""
-        width = profile("mediastinum", y / self.b)
-        return width * profile("mediastinum_height", z / self.top) * self.scale[0]
-
-    def depth(self, points):
-        """How deep points (N, 3) lie in a lung, mm (negative: outside)."""
-        x, y, z = f32(points).T
-        centre, radii, axes = self.heart
-        heart = sqrt((((points - centre) @ axes.T / radii) ** 2).sum(-1)) - 1
-        chest = self.radius(x, y, z) - hypot(x, y)
-        medial = abs(x) - self.mediastinum(y, z)
-        basal = .8 * (z - self.diaphragm(x, y))
-        return minimum.reduce((chest, medial, basal, heart * radii.min()))
-
-    def lobe(self, points):
-        """The lobe that each of points (N, 3) lies in or would lie in."""
-        x, y, z = (points / self.scale).T
-        lower, middle = z < 105 + 62 * y / 86, z < 116  # the oblique and horizontal fissures
-        number = np.where(x < 0, np.where(lower, 2, middle), 3 + lower)
-        return array(LOBES)[number]
-
-    def hilum(self, point):
-        """The root of the lung that a point lies in."""
-        return self.at((math.copysign(36, point[0]), 9, 131))[0]
-
-    def spots(self, rng, n, margin, place, most=1e9):
-        """n points in a lobe or on a side, margin to most mm deep as far as it has such."""
-        high = self.a, self.b, self.top
-        points = f32(rng.uniform((-self.a, -self.b, 0), high, (1500 + 8 * n, 3)))
-        depth = self.depth(points)
-        there = np.char.startswith(self.lobe(points), place) & (depth > 1)
-        points, depth = points[there], depth[there]
-        good = (depth >= margin) & (depth <= most)
-        deepest = np.argsort(-minimum(depth, most))
-        order = concatenate((np.flatnonzero(good), deepest[~good[deepest]]))
-        return points[order[:n]]
-
-    # Heart, vessels, airways.
-    @cached_property
-    def heart(self):
-        """Centre, radii and axes (rows) of the heart's ellipsoid."""
-        mean = DATA["heart"]
-        radii = array(mean["radii"]) * self.heart_scale * self.scale.mean()
-        return mean["centre"] * self.scale, radii, f32(mean["axes"])
-
-    def in_heart(self, points, lift=1):
-        """Points in units of the heart's radii -> patient's; lift: a factor of their distance."""
-        centre, radii, axes = self.heart
-        return centre + (points * radii * lift) @ axes
+    def heart_distance(self, *at):
+        """Signed distance, roughly, to the heart's surface."""
+        centre, radii, axes = DATA["heart"].values()
+        return ellipsoid(at, centre, array(radii) * self.heart_scale, axes)
 
     def on_heart(self, directions, lift):
         """Points on the heart's surface, lifted by a factor, in directions (N, 3) in its axes."""
+        centre, radii, axes = DATA["heart"].values()
         unit = directions / norm(directions, axis=1, keepdims=True)
-        return self.in_heart(unit, lift)
+        return centre + unit * radii * self.heart_scale * lift @ array(axes)
 
-    def line(self, name):
-        """Centre line (N, 3) of a vessel or of an airway outside the lungs."""
-        return path(self.at(*LINES[name]["points"]), 2, LINES[name]["smooth"])
+    def depth(self, x, y, z):
+        """How deep points lie in a lung, mm (negative: outside)."""
+        chest, heart = -self.cavity(x, y, z), self.heart_distance(x, y, z) - 2
+        medial = abs(x) - profile("mediastinum", y)
+        basal = .8 * (z - self.diaphragm(x, y))
+        return reduce(minimum, (chest, heart, medial, basal))
 
-    @cached_property
+    def spots(self, rng, n, place, least, most=1e9):
+        """n points in a lobe or on a side, least to most mm deep as far as it has such."""
+        points = f32(rng.uniform((-WIDE, -DEEP, 0), (WIDE, DEEP, HIGH), (4000, 3)))
+        x, y, z = points.T
+        depth = self.depth(x, y, z)
+        lower, middle = z < 105 + .72 * y, z < 116  # the oblique and horizontal fissures
+        lobe = array(LOBES)[np.where(x < 0, np.where(lower, 2, middle), 3 + lower)]
+        there = np.char.startswith(lobe, place) & (depth > 1)
+        wrong = abs(depth - clip(depth, least, most))[there]
+        return points[there][wrong.argsort(kind="stable")[:n]]
+
+    # Vessels, airways, ribs.
+    @property
     def aorta(self):
-        """Centre line (N, 3) and radii (N,)."""
-        line = self.line("long_aorta" if self.aorta_scale >= 1.12 else "aorta")
-        taper = f32(15.5 - 4 * linspace(0, 1, len(line)))
-        return line, taper * self.scale.mean() * self.aorta_scale
+        """The aorta's centre line (100, 3) and radii (100,)."""
+        return path(DATA["aorta"]), linspace(15.5, 11.5, 100) * self.aorta_scale
 
     def tree(self, side, kind):
         """A lung's tree of tubes as it winds in this patient -> points (N, 3), radii (N,)."""
         tree = shared()[side, kind]
-        points = tree[:, :3] * self.scale
-        wave = sin(points[:, (1, 2, 0)] / 38 + self.twist[:, 0]) * self.twist[:, 1]
-        peripheral = clip((abs(points[:, :1]) - 25) / 40, 0, 1)
-        return points + wave * peripheral, tree[:, 3] * self.scale.mean()
-
-    def bronchi(self, side):
-        """A lung's airways as far as they stay in it -> points (N, 3), radii (N,)."""
-        points, radii = self.tree(side, "airway")
-        root = norm(points - points[0], axis=1) < 12
-        clear = (self.depth(points) > 1) | root
-        return points[clear], radii[clear]
-
-    # Bones.
-    def level(self, number):
-        """Height of the middle of thoracic vertebra `number`."""
-        return self.top * (1.045 - .0965 * (number - 1))
-
-    @property
-    def pitch(self):
-        """Height of a vertebra with its disc."""
-        return .0965 * self.top
-
-    def disc(self, name):
-        """Height of the disc below a vertebra such as "T7"."""
-        return self.level(int(name[1:])) - .5 * self.pitch
-
-    def spine(self, z):
-        """y of the vertebrae's middle."""
-        return .63 * self.b + self.kyphosis * (1 - ((z - 120) / 130) ** 2) - 4
+        points = tree[:, :3]
+        return points + 3 * sin(points[:, (1, 2, 0)] / 38 + self.twist), tree[:, 3]
 
     def rib(self, side, number):
-        """Centre line (80, 3) from spine to cartilage: round the chest, falling, then rising."""
-        t = linspace(0, 1, 80, dtype=float32)
-        back, end = math.radians(164), math.radians(26 + 18 * max(number - 7, 0))
-        angle = back + t * (end - back)
-        x, y = SIGN[side] * sin(angle), -cos(angle)
-        fall = min(24 + 14 * number, 64 + 3 * number) * minimum(t / .8, 1) ** 1.15
-        drop = fall - 55 * clip(t - .82, 0, 1)
-        z = self.level(number) + 4 - drop * self.scale[2]
-        r = maximum(self.radius(x, y, z), .3 * self.a) + 4.5
-        return np.c_[x * r, y * r, z]
-
-    def corner(self, pixels, xy):
-        """The first voxel's centre of a reconstruction, LPS mm, before the scanner's offset."""
-        edge = -(pixels - 1) / 2 * xy
-        return f32((edge, edge + 6, -.13 * self.top))
-
-
-def enlarged(lesions, name):
-    """How large an organ is with the lesions, 1 without."""
-    return lesions[name][0]["scale"] if name in lesions else 1
+        """Centre line (100, 3) from the spine round the chest, falling."""
+        t = linspace(0, 1, 100)
+        angle = SIGN[side] * (2.86 - t * (2 - .3 * max(number - 8, 0)))
+        fall = min(24 + 14 * number, 64 + 3 * number)
+        return self.rim(angle, level(number) + 4 - fall * t, 4.5)
 
 
 # What all patients share: textures, and the trees of the lungs' vessels and airways.
-def periodic_noise(size, sigma, seed):
-    """Smooth noise (size^3), mean 0, variance 1, correlated over about sigma voxels."""
-    white = default_rng(seed).standard_normal((size,) * 3, dtype=float32)
-    full, half = np.fft.fftfreq(size) ** 2, np.fft.rfftfreq(size) ** 2
-    k2 = full[:, None, None] + full[:, None] + half
-    spectrum = np.fft.rfftn(white) * exp(-2 * (math.pi * sigma) ** 2 * k2)
-    noise = f32(np.fft.irfftn(spectrum, s=white.shape, axes=(0, 1, 2)))
-    return (noise - noise.mean()) / noise.std()
+def smooth_noise(size, sigma, seed):
+    """Periodic noise (size^3), mean 0, variance 1, correlated over about sigma voxels."""
+    white = default_rng(seed).standard_normal((size,) * 3)
+    squares = np.fft.fftfreq(size) ** 2
+    k2 = squares[:, None, None] + squares[:, None] + squares
+    spectrum = np.fft.fftn(white) * np.exp(-2 * (math.pi * sigma) ** 2 * k2)
+    noise = np.fft.ifftn(spectrum).real
+    return f32((noise - noise.mean()) / noise.std())
 
 
-def periodic_cells(size, cell, seed):
-    """Walls of a foam (size^3; 1: wall, 0: inside), cells of about `cell` voxels: lobules."""
-    n = size // cell
-    seeds = f32(default_rng(seed).uniform(.15, .85, (n, n, n, 3)))
-    seeds = seeds.transpose(3, 0, 1, 2)
-    at = np.indices((size,) * 3, dtype=float32) / cell
-    home = np.floor(at).astype(int)
-    first = second = f32(9)  # distances to the two nearest seeds
-    for step in np.ndindex(3, 3, 3):
-        near = home + np.reshape(step, (3, 1, 1, 1)) - 1
-        offset = near + seeds[:, *(near % n)] - at
-        distance = f32(norm(offset, axis=0))
+def foam(n, cell, seed):
+    """Walls (1) of a periodic foam of n^3 cells (0), each about `cell` voxels wide: lobules."""
+    size = n * cell
+    at = np.indices((size,) * 3, np.float32)
+    seeds = np.argwhere(np.ones((n, n, n))) + default_rng(seed).uniform(.15, .85, (n ** 3, 3))
+    first = second = f32(size)  # distances to the two nearest seeds
+    for point in f32(cell * seeds)[..., None, None, None]:
+        offset = (at - point + size / 2) % size - size / 2
+        distance = norm(offset, axis=0)
         second = minimum(second, maximum(first, distance))
         first = minimum(first, distance)
-    return clip(1.3 - (second - first) * cell, 0, 1)
+    return clip(1.3 - second + first, 0, 1)
 
 
-def grow(root, leaves, radius, exponent):
-    """A tree of tubes from a root (3,) to its leaves (N, 3) -> (M, 4): x, y, z, radius.
+def grow(start, leaves, radius, thinner):
+    """Tubes from a point (3,) to leaves (N, 3), thinner after each fork -> [(M, 4): point, radius].
 
-    Halve the leaves, run to between each half, go on; the fewer leaves, the thinner the tube.
+    Run half the way to the leaves' middle, halve the leaves, go on to each half.
     """
-    pieces, todo = [], [(f32(root), leaves, radius)]
-    while todo:
-        start, group, r0 = todo.pop()
-        centre = group.mean(0)
-        end = start + (.5 if len(group) > 1 else 1) * (centre - start)
-        way = end - start
-        r1 = radius * (len(group) / len(leaves)) ** (1 / exponent)
-        t = linspace(0, 1, max(2, int(norm(way) / 2)), dtype=float32)[:, None]
-        bend = sin(math.pi * t) * np.cross(way, (.1, .2, .1)) * .4
-        pieces.append(concatenate((start + t * way + bend, r0 + t * (r1 - r0)), 1))
-        if len(group) > 1:
-            longest = np.linalg.svd(group - centre, full_matrices=False)[2][0]
-            side = (group - centre) @ longest
-            upper = side > (np.median(side) if len(group) > 2 else 0)
-            todo += [(end, group[upper], r1), (end, group[~upper], r1)]
-    return f32(concatenate(pieces))
+    end = (start + leaves.mean(0)) / 2 if len(leaves) > 1 else leaves[0]
+    tubes = [path([(*start, radius), (*end, radius)], 2 + int(norm(end - start) / 2.5))]
+    if len(leaves) > 1:
+        longest = np.ptp(leaves, 0).argmax()
+        ordered = leaves[leaves[:, longest].argsort()]
+        for half in np.array_split(ordered, 2):
+            tubes += grow(end, half, radius * thinner, thinner)
+    return tubes
 
 
 @cache
 def shared():
     """Textures by name, white noise, and the mean patient's trees by (side, kind)."""
-    parts = {"fine": periodic_noise(64, 2, 1), "coarse": periodic_noise(64, 5, 2)}
-    parts["cells"] = periodic_cells(63, 7, 3)
-    parts["noise"] = default_rng(4).standard_normal(6_000_000, dtype=float32)
+    parts = {"fine": smooth_noise(64, 2, 1), "coarse": smooth_noise(64, 5, 2)}
+    parts["cells"] = foam(6, 7, 3)
+    parts["noise"] = default_rng(4).standard_normal(6_000_000, np.float32)
     rng, mean = default_rng(5), Anatomy(random.Random("mean"), {})
-    vars(mean).update(DATA["body"], scale=np.ones(3, float32))
     for side, (kind, tree) in product(SIDES, DATA["trees"].items()):
-        leaves = mean.spots(rng, tree["leaves"], 5, side)
+        leaves = mean.spots(rng, tree["leaves"], side, 5)
         root = array(tree["root"]) * (SIGN[side], 1, 1)
-        parts[side, kind] = grow(root, leaves, tree["radius"], tree["exponent"])
+        parts[side, kind] = concatenate(grow(root, leaves, tree["radius"], tree["thinner"]))
     return parts
 
 
 # ---------------------------------------------------------------------------------- the canvas
-# Arrays are (Z, Y, X) float32.
-IN_LUNG = "in lung"  # paint only where there is lung
-NO_LUNG = "no lung"  # where it is painted, there is lung no more
-
-
-class Shape(NamedTuple):
-    """A box of the canvas (slices; or flat indices) and the signed distance in it to a surface."""
-
-    where: tuple
-    distance: np.ndarray
-
-    def shrunk(self, mm):
-        return Shape(self.where, self.distance + mm)
-
-    def cut(self, *distances):
-        """The part that lies inside other surfaces too."""
-        return Shape(self.where, inside_all(self.distance, *distances))
-
-
-def inside_all(*distances):
-    """The signed distance to what several surfaces have in common."""
-    return reduce(maximum, distances)
-
-
-def joined(tubes):
-    """[(line (N, 3), radius or radii)] -> the points of all, their radii."""
-    lines = [line for line, _ in tubes]
-    radii = [broadcast_to(radius, len(line)) for line, radius in tubes]
-    return concatenate(lines), concatenate(radii)
+IN_LUNG = True  # paint only where there is lung
+ALL = slice(None)
 
 
 class Canvas:
-    """A reconstruction being drawn: HU, the lungs' coverage, distances to what bounds them."""
+    """A reconstruction being drawn, or a box of it.
+
+    Fields [X, Y, Z] float32: hu; lung: share of a voxel that is lung; depth in a lung, mm; cavity:
+    signed distance to the chest's inner wall; mask: cover of the abnormality being drawn.
+    x [X, 1, 1], y [1, Y, 1], z [1, 1, Z]: a voxel's place in the mean patient.
+    """
 
     def __init__(self, body, how):
-        pixels, xy, dz = how.pixels, how.xy, how.dz
         self.body = body
-        self.name, self.masks = None, {}  # the abnormality being drawn; each one's voxels
-        self.spacing = xy, xy, dz
-        self.vox = (xy * xy * dz) ** (1 / 3)
-        self.shape = int(1.22 * body.top / dz), pixels, pixels
-        self.origin = body.corner(pixels, xy)
-        # Patient's coordinates: x, y (Y, X) of each in-plane pixel, z (Z, 1, 1) of each slice.
-        x, y = self.origin[:2, None] + xy * arange(pixels, dtype=float32)
-        y = y[:, None]
-        self.cos, self.sin = math.cos(body.roll), math.sin(body.roll)
-        self.x, self.y = self.cos * x + self.sin * y, self.cos * y - self.sin * x
-        slices = dz * arange(self.shape[0], dtype=float32)
-        self.z = (self.origin[2] + slices)[:, None, None]
-        # depth in a lung; signed distances to chest cavity and skin; height above the diaphragm
-        fields = np.empty((6, *self.shape), float32)
-        self.hu, self.lung, self.depth, self.cavity, self.skin, self.dome = fields
-        self.scratch = np.full(math.prod(self.shape), 1e3, float32)
+        self.spacing = f32((how.xy, how.xy, how.dz))
+        edge = -(how.pixels - 1) / 2 * how.xy
+        self.origin = f32((edge, edge + 6, -28))
+        self.step = self.spacing / body.scale
+        self.vox = self.step.prod() ** (1 / 3)
+        shape = how.pixels, how.pixels, int(276 / self.step[2])
+        axes = []
+        for first, step, n in zip(self.origin / body.scale, self.step, shape):
+            axes.append(first + step * f32(arange(n)))
+        self.see(np.zeros((5, *shape), np.float32), axes)
 
-    def grid(self, points):
-        """Patient's points (N, 3) or (3,) -> fractional (x, y, z) indices."""
-        x, y, z = f32(points).T
-        turned = stack((self.cos * x - self.sin * y, self.sin * x + self.cos * y, z), -1)
-        return (turned - self.origin) / f32(self.spacing)
+    def see(self, fields, axes):
+        """Be a box: its fields, the coordinates along its axes."""
+        self.fields, self.axes = fields, axes
+        self.hu, self.lung, self.depth, self.cavity, self.mask = fields
+        self.x, self.y, self.z = self.at = np.ix_(*axes)
+        return self
 
-    # Boxes and shapes.
+    def part(self, *where):
+        """A box of the canvas, given as slices; what is painted there is painted here."""
+        axes = [axis[k] for axis, k in zip(self.axes, where)]
+        return copy(self).see(self.fields[:, *where], axes)
+
     def box(self, centre, reach):
-        """Slices round a point; x, y (Y, X) and z (Z, 1, 1) there, relative to the point."""
-        x, y, z = broadcast_to(f32(reach), 3) + self.vox
-        half = array((max(x, y), max(x, y), z)) / self.spacing
-        at, size = self.grid(centre), self.shape[::-1]
-        first = clip(np.ceil(at - half).astype(int), 0, size)
-        last = clip(np.floor(at + half).astype(int) + 1, 0, size)
-        where = tuple(slice(*ends) for ends in zip(first[::-1], last[::-1]))
-        dx, dy = self.x[where[1:]] - centre[0], self.y[where[1:]] - centre[1]
-        return where, (dx, dy, self.z[where[0]] - centre[2])
+        """The part up to reach mm (a number, or three) from a point and a voxel around it."""
+        where = []
+        for axis, middle, mm in zip(self.axes, centre, np.broadcast_to(reach, 3)):
+            mm = mm + self.vox
+            where.append(slice(*axis.searchsorted((middle - mm, middle + mm))))
+        return self.part(*where)
 
-    def part(self, where):
-        """Views of the coordinates and fields in a box, and its texture."""
-        part = SimpleNamespace(where=where, texture=partial(self.texture, where))
-        part.z = self.z[where[0]]
-        part.x, part.y = self.x[where[1:]], self.y[where[1:]]
-        for field in ("hu", "lung", "depth", "cavity", "skin", "dome"):
-            setattr(part, field, getattr(self, field)[where])
-        return part
+    def heart(self, reach=0):
+        """The part with the heart and so many mm around it, the signed distance to it there."""
+        part = self.box(DATA["heart"]["centre"], 60 * self.body.heart_scale + reach)
+        return part, self.body.heart_distance(*part.at)
 
-    def ellipsoid(self, centre, radii, axes=None, reach=0):
-        """An ellipsoid whose axes are the rows of `axes`; reach widens its box."""
-        radii = broadcast_to(f32(radii), 3)
-        if axes is None:
-            where, (dx, dy, dz) = self.box(centre, radii + reach)
-            offsets = dx[None], dy[None], dz
-        else:
-            where, (dx, dy, dz) = self.box(centre, radii.max() + reach)
-            offsets = [(dx * x + dy * y)[None] + dz * z for x, y, z in axes]
-        squares = [(offset / radius) ** 2 for offset, radius in zip(offsets, radii)]
-        k = sqrt(sum(squares))
-        slope = sqrt(sum(square / radius ** 2 for square, radius in zip(squares, radii)))
-        return Shape(where, k * (k - 1) / (slope + 1e-6))
+    def tube(self, points, radii):
+        """A chain of spheres -> the part that holds it, the signed distance there."""
+        radii = np.broadcast_to(f32(radii), len(points))
+        low, high = points.min(0), points.max(0)
+        part = self.box((low + high) / 2, (high - low) / 2 + radii.max())
+        distance = np.full(part.hu.shape, 99, np.float32)
+        # Leave out spheres that are closer than half a radius to the one before.
+        ways = norm(np.diff(points, axis=0, prepend=-999), axis=1)
+        apart = np.diff(np.cumsum(2 * ways / radii) // 1, prepend=0) > 0
+        at = f32(points - [axis[0] for axis in part.axes])[apart] / self.step
+        radii = minimum(radii, 2 * radii - self.vox / 2)[apart]  # thinner than a voxel: in part
+        sizes = (radii / self.vox).astype(int)
+        for size in np.unique(sizes):  # spheres of like size together
+            some = sizes == size
+            reach = ((radii[some].max() + self.vox / 2) / self.step + .5).astype(int)
+            centre = at[some].T[..., None]  # (3, n, 1)
+            around = f32(np.indices(2 * reach + 1).reshape(3, 1, -1) - reach[:, None, None])
+            last = f32(distance.shape)[:, None, None] - 1
+            place = clip(np.rint(centre) + around, 0, last)  # (3, n, voxels)
+            offset = (place - centre) * self.step[:, None, None]
+            surface = norm(offset, axis=0) - radii[some, None]
+            near = surface < self.vox / 2
+            index = np.ravel_multi_index(place[:, near].astype(int), distance.shape)
+            minimum.at(distance.reshape(-1), index, surface[near])
+        return part, distance
 
-    def tube(self, points, radii, tall=1.):
-        """A chain of spheres, stretched along z where tall > 1, as flat indices; some may recur."""
-        radii = broadcast_to(f32(radii), len(points))
-        radii = minimum(radii, 2 * radii - self.vox / 2)  # thinner than a voxel: covers it in part
-        at, reach = self.grid(points), radii + self.vox / 2
-        there = ((at > -2) & (at < array(self.shape[::-1]) + 1)).all(1) & (reach > 0)
-        at, radii, reach = at[there], radii[there], reach[there]
-        spacing = f32(self.spacing) / (1, 1, tall)
-        size = (reach / self.vox + .5).astype(int)
-        indices, distances = [np.zeros(0, int)], [np.zeros(0, float32)]
-        for n in np.unique(size):  # spheres of like size together
-            some = size == n
-            steps = (reach[some].max() / spacing + .5).astype(int)
-            index, distance = self.spheres(at[some], radii[some], spacing, steps)
-            near = distance < self.vox / 2
-            indices.append(index[near])
-            distances.append(distance[near])
-        # A voxel near several spheres has the least of its distances.
-        index = concatenate(indices)
-        minimum.at(self.scratch, index, concatenate(distances))
-        distance = self.scratch[index]
-        self.scratch[index] = 1e3
-        return Shape(index, distance)
-
-    def spheres(self, at, radii, spacing, steps):
-        """Flat indices of the voxels up to `steps` from each centre, distances to its sphere."""
-        squares, places = [], []
-        for axis in (2, 1, 0):
-            centre = at[:, axis, None]
-            place = np.rint(centre).astype(int) + arange(-steps[axis], steps[axis] + 1)
-            square = (f32(place - centre) * float32(spacing[axis])) ** 2
-            shape = [len(at), 1, 1, 1]
-            shape[3 - axis] = -1
-            squares.append(square.reshape(shape))
-            places.append(place.reshape(shape))
-        index = np.ravel_multi_index(places, self.shape, mode="clip")
-        return index, sqrt(sum(squares)) - radii[:, None, None, None]
-
-    def texture(self, where, name, mm, shift=0):
-        """A shared texture, mm per voxel of it, in a box; fixed to the patient, not the grid."""
-        tile, index = shared()[name], []
-        for axis, part in enumerate(where):
-            voxels = arange(self.shape[axis])[part]
-            at = self.origin[2 - axis] + self.spacing[2 - axis] * voxels
-            at = at / mm + shift * (axis + 1)
-            index.append(np.round(at).astype(int) % len(tile))
-        return tile[np.ix_(*index)]
+    def texture(self, name, mm, shift=0):
+        """A shared texture, mm per voxel of it; fixed to the patient, not to the grid."""
+        tile = shared()[name]
+        x, y, z = (np.rint(axis / mm).astype(int) + shift for axis in self.at)
+        n = len(tile)
+        return tile[x % n, y % n, z % n]
 
     # Painting.
     def cover(self, distance, edge=0):
         """Share of a voxel inside a surface; edge: over how many mm it blurs."""
         return clip(.5 - distance / (self.vox + edge), 0, 1)
 
-    def paint(self, shape, hu, lung=None, edge=0, mark=True):
-        """Fill a shape; mark: note it in the mask of the abnormality being drawn."""
-        self.blend(shape.where, self.cover(shape.distance, edge), hu, lung, mark)
+    def paint(self, distance, hu, in_lung=False, edge=0):
+        """Fill a shape, given by the signed distance to its surface."""
+        cover = self.cover(distance, edge)
+        if in_lung:
+            cover *= self.lung
+        self.hu += cover * (hu - self.hu)
+        maximum(self.mask, cover, out=self.mask)
 
-    def stroke(self, points, radii, hu, lung=None, strength=1, tall=1., mark=True):
-        """Fill a chain of spheres; hu: a value, or a function of the signed distance."""
-        where, distance = self.tube(points, radii, tall)
-        hu = hu(distance) if callable(hu) else hu
-        self.blend(where, self.cover(distance) * strength, hu, lung, mark, .4)
+    def haze(self, cover, rise):
+        """Raise the density of lung, vessels staying visible."""
+        cover = cover * self.lung
+        self.hu += minimum(cover * rise, maximum(20 - self.hu, 0))
+        maximum(self.mask, cover, out=self.mask)
 
-    def blend(self, where, cover, hu, lung=None, mark=True, level=.5):
-        """Blend towards hu by coverage; lung: IN_LUNG, NO_LUNG or None, which leaves it alone."""
-        volume, lungs = view(self.hu, where), view(self.lung, where)
-        if lung == IN_LUNG:
-            cover = cover * lungs[where]
-        elif lung == NO_LUNG:
-            lungs[where] *= 1 - cover
-        volume[where] += cover * (hu - volume[where])
-        if mark:
-            self.note(where, cover, level)
-
-    def note(self, where, cover, level=.5):
-        """Add the voxels with more than a level of coverage to the abnormality's mask."""
-        if self.name:
-            mask = self.masks.setdefault(self.name, np.zeros(self.shape, bool))
-            view(mask, where)[where] |= cover > level
+    def stroke(self, points, radii, hu, in_lung=False):
+        """Fill a chain of spheres."""
+        part, distance = self.tube(points, radii)
+        part.paint(distance, hu, in_lung)
 
     def bone(self, distance):
-        """HU across a bone: a cortex of 2 mm around marrow."""
-        hu = self.body.hu
-        return hu.cortex + self.cover(distance + 2.2, 1) * (hu.bone - hu.cortex)
-
-
-def view(field, where):
-    """The field for slices, its flat view for flat indices."""
-    return field if isinstance(where, tuple) else field.reshape(-1)
+        """Fill a bone: a cortex of 2 mm around marrow."""
+        self.paint(distance, self.body.cortex)
+        self.paint(distance + 2.2, self.body.marrow, edge=1)
 
 
 # ------------------------------------------------------------------------------ the normal patient
 # From the trunk to the airways; what is drawn later covers what was there.
 def trunk(c):
-    """Skin, fat, muscle, lungs and mediastinal fat; in slabs whose temporaries stay small."""
-    c.heart = c.ellipsoid(*c.body.heart, 30)
-    c.depth.fill(1e3)
-    c.depth[c.heart.where] = c.heart.distance - 2
-    for start in range(0, c.shape[0], 32):
-        slab(c, slice(start, start + 32))
-    for sign in (-1, 1):
-        soft_parts(c, sign)
-
-
-def slab(c, k):
-    """The trunk in slices k, and the fields of the canvas there."""
-    body, x, y, z, value = c.body, c.x, c.y, c.z[k], c.body.hu
-    skin, muscle, wall = body.layers(x, y, z)
-    cavity = hypot(x, y) + 1e-3 - body.radius(x, y, z)
-    dome = z - body.diaphragm(x, y)
-    depth = minimum(-cavity, abs(x) - body.mediastinum(y, z))
-    depth = minimum(minimum(depth, .8 * dome), c.depth[k])
-    # From the air outside inwards: skin, fat under it, muscles with fat between them, the chest.
-    hu = c.cover(skin) * 1060 - 1050
-    hu += c.cover(skin + 2) * (value.fat - 10)
-    between = clip(1 - abs(muscle + .5 * wall + 2) / 3.5, 0, 1) * (cavity > 6)
-    hu += c.cover(muscle) * (value.muscle - value.fat - 75 * between)
-    hu += c.cover(cavity + 1) * (value.fat + 6 - hu)
-    # Lungs, with their oblique fissures.
-    grain = c.texture(np.s_[k, :, :], "fine", 2.5)
-    tissue = value.lung + value.gradient * y + 8 * grain
-    fissure = abs(z - (105 + 62 * y / body.b) * body.scale[2])
+    """Skin, fat, muscle, lungs with their oblique fissures, mediastinal fat."""
+    body = c.body
+    c.cavity[:], c.depth[:] = body.cavity(*c.at), body.depth(*c.at)
+    muscle = body.muscle(*c.at)
+    c.hu[:] = -1000
+    c.paint(muscle - body.fat_layer, 10)
+    c.paint(muscle - body.fat_layer + 2, body.fat)
+    c.paint(muscle, body.muscles)
+    c.paint(c.cavity + 1, body.fat + 6)
+    tissue = body.lung + body.gradient * c.y + 8 * c.texture("fine", 2.5)
+    fissure = abs(c.z - 105 - .72 * c.y)
     tissue += 90 * clip(1 - fissure / c.vox, 0, 1)
-    lung = c.cover(-depth)
-    hu += lung * (tissue - hu)
-    c.hu[k], c.lung[k], c.depth[k] = hu, lung, depth
-    c.cavity[k], c.skin[k], c.dome[k] = cavity, skin, dome
-
-
-def soft_parts(c, sign):
-    """Axillary fat; a breast: fat with glands in it."""
-    body, fat = c.body, c.body.hu.fat
-    armpit = sign * .98 * body.a, 0, .84 * body.top
-    c.paint(c.ellipsoid(armpit, (22, 30, 34), reach=4), fat + 8, edge=4)
-    if not body.breast:
-        return
-    front = .04 * body.b - body.b - body.wall - .4 * body.fat
-    centre = array((sign * 68 * body.scale[0], front, .42 * body.top))
-    where, distance = c.ellipsoid(centre, array((66, 27, 58)) * body.breast, reach=2)
-    c.blend(where, c.cover(distance, 2) * (c.skin[where] > -6), fat)
-    where, distance = c.ellipsoid(centre - (0, 8, 0), array((34, 15, 30)) * body.breast, reach=8)
-    glands = (c.skin[where] > -6) * (c.texture(where, "fine", 3) > -.2)
-    c.blend(where, c.cover(distance, 8) * .8 * glands, 20)
+    c.lung[:] = c.cover(-c.depth)
+    c.hu += c.lung * (tissue - c.hu)
 
 
 def organs(c):
-    """Heart, liver, spleen, stomach."""
-    body, hu, x, y = c.body, c.body.hu, c.x, c.y
-    c.paint(c.heart, hu.blood + 2)
-    highest = max(body.dome.values()) + 14
-    last = min(c.shape[0], int((highest - c.origin[2]) / c.spacing[2]))
-    below = c.part(np.s_[:last, :, :])
-    abdomen = Shape(below.where, maximum(below.cavity, below.dome) + 4)
-    c.paint(abdomen.cut(x - 38 - .35 * y - .1 * below.z, y - 62), hu.liver)
-    c.paint(abdomen.cut(58 - x, 12 - y), hu.liver - 6)  # spleen
-    centre, radii = body.at((52, -18, 18), (30, 34, 26))
-    stomach = c.ellipsoid(centre, radii)
-    there = c.part(stomach.where)
-    stomach = stomach.cut(there.dome + 4)
-    c.paint(stomach, 38)
-    c.paint(stomach.shrunk(5).cut(there.y - centre[1] + 8), -900)  # gas above fluid
-
-
-def table(c):
-    """What the patient lies on: hollow, a little curved."""
-    gap, hu, visible = c.body.table
-    if not visible:
-        return
-    lowest = c.y[c.skin[c.shape[0] // 3] < 0].max()
-    back = float(lowest) + gap
-    first = max(0, int(c.grid((0, back - 30, 0))[1]))
-    rows = c.part(np.s_[:, first:, :])
-    top = abs(rows.y - back + (rows.x / 60) ** 2 * 2.5)
-    c.blend(rows.where, c.cover(top - 2) * (rows.skin > 0), hu)
+    """A woman's breasts, the heart, the organs below the diaphragm."""
+    body = c.body
+    for sign in SIGN.values() if body.female else ():
+        centre, radii = (sign * 66, -104, 95), body.breast * array((66, 27, 58))
+        part = c.box(centre, radii)
+        breast, chest = ellipsoid(part.at, centre, radii), body.muscle(*part.at)
+        part.paint(maximum(breast, -chest), body.fat)
+        part.paint(maximum(breast + 12, 3 - chest), 0, edge=8)  # glands
+    part, heart = c.heart()
+    part.paint(heart, body.blood + 2)
+    for hu, centre, radii in DATA["organs"].values():
+        part = c.box(centre, radii)
+        below = maximum(part.cavity, part.z - body.diaphragm(part.x, part.y)) + 4
+        part.paint(maximum(ellipsoid(part.at, centre, radii), below), hu)
 
 
 def skeleton(c):
-    """Ribs with their cartilage, sternum, clavicles, scapulae."""
-    body, top, bone, cartilage = c.body, c.body.top, [], []
-    for side, number in product(SIDES, range(1, 12)):
-        line = body.rib(side, number)
-        end = 77 if number > 7 else 64  # of its 80 points
-        bone.append(line[:end])
-        cartilage.append(line[end:])
-    c.stroke(concatenate(cartilage), 4.4, 95, tall=1.4)
-    c.stroke(concatenate(bone), 4.2, c.bone, tall=1.35)
-    z = arange(.36, .9, .012) * top
-    front = body.front(z)
-    sternum = [np.c_[0 * z + x, front, z] for x in (-10, -4, 4, 10)]
-    c.stroke(concatenate(sternum), 4.6, c.bone)
-    y = front[-1]
-    clavicle = array(((16, y + 6, .92 * top), (60, y + 4, .985 * top), (125, 5, 1.03 * top)))
-    for sign in (-1, 1):
-        c.stroke(path(clavicle * (sign, 1, 1), 2, 20), 5.2, c.bone)
-    # The scapulae: thin triangles behind the ribs, with a thicker lateral border.
-    low, t = array((94, 74, .5 * top)), linspace(0, 1, 22)[:, None]
-    for sign, spread in product((-1, 1), linspace(0, 1, 5)):
-        high = array((84 + 44 * spread, 76 - 34 * spread, .94 * top))
-        blade = (low + t * (high - low)) * (sign * body.scale[0], body.scale[1], 1)
-        c.stroke(blade, 2.2 + 2 * (spread == 1), c.bone)
+    """Ribs, sternum, clavicles, scapulae; discs and vertebrae with their arches and processes."""
+    tubes = [(c.body.rib(*which), 4.3) for which in product(SIDES, range(1, 12))]
+    for sign, (radius, points) in product(SIGN.values(), DATA["bones"]):
+        tubes.append((path(points) * f32((sign, 1, 1)), radius))
+    part, distance = c.tube(*joined(tubes))
+    part.bone(distance)
+
+    part = c.box((0, 75, 0), (32, 40, 999))
+    dx, dy = abs(part.x), part.y - spine(part.z)
+    discs = column(part)
+    part.paint(discs, 85)
+    middle = PITCH * abs((part.z - level(1)) / PITCH % 1 - .5)  # mm from a disc's middle
+    canal = hypot(dx, dy - 22)
+    arch = maximum(abs(canal - 11) - 2.8, 4 - middle)
+    spinous = reduce(maximum, (dx - 3, abs(dy - 38) - 8, 5 - middle))
+    wings = reduce(maximum, (dx - 32, 9 - dx, abs(dy - 25 - .15 * dx) - 4, 6 - middle))
+    part.bone(reduce(minimum, (maximum(discs, 2.4 - middle), arch, spinous, wings)))
+    part.paint(canal - 8, 22)
 
 
-def vertebrae(c):
-    """Bodies with end plates, discs, canal, arches with their processes."""
-    body, pitch, middle = c.body, c.body.pitch, .63 * c.body.b + 16
-    where, (dx, dy, _) = c.box((0, middle, 0), (42, 66, 0))
-    where = slice(None), *where[1:]
-    dx, dy = abs(dx[None]), dy[None] + .63 * body.b + 16 - body.spine(c.z)
-    phase = ((c.z - body.level(1)) / pitch + .5) % 1 - .5  # 0: a vertebra's middle, +-.5: a disc's
-    width = 15.5 + 3 * (1 - c.z / body.top)
-    column = (sqrt((dx / width) ** 2 + (dy / (.8 * width)) ** 2) - 1) * .88 * width
-    c.column, c.behind = Shape(where, column), dy  # for the lesions
-    c.paint(c.column, 85)  # discs
-    vertebra = c.column.cut((abs(phase) - .39) * pitch)
-    c.paint(vertebra, c.bone(vertebra.distance))
-    # Behind the bodies: an arch round the canal, with its processes.
-    canal = dy - .8 * width - 9
-    ring = abs(hypot(dx, canal) - 11) - 2.8
-    arch = maximum(ring, (abs(phase + .1) - .27) * pitch)
-    falling = abs((phase + .3 + .012 * canal + .5) % 1 - .5)
-    spinous = inside_all(dx - 2.8, abs(canal - 24) - 14, (falling - .27) * pitch)
-    wing = abs(canal - 3 - .15 * dx) - 4
-    transverse = inside_all(dx - 32, 9 - dx, wing, (abs(phase) - .25) * pitch)
-    posterior = minimum(minimum(arch, spinous), transverse)
-    c.paint(Shape(where, posterior), c.bone(posterior))
-    c.paint(Shape(where, hypot(dx, canal) - 8), 22)
+def column(part):
+    """Signed distance, roughly, to the column of the vertebrae's bodies and discs."""
+    return 15 * (hypot(part.x / 17, (part.y - spine(part.z)) / 14) - 1)
 
 
 def vessels(c):
     """The great vessels and the esophagus; the trees of the lungs' arteries and veins."""
-    body, blood = c.body, c.body.hu.blood
-    line, radii = body.aorta
-    tubes = [(line[::3], radii[::3])]
-    for name, vessel in DATA["vessels"].items():
-        step = 2 if vessel["radius"] > 6 else 1
-        tubes.append((body.line(name)[::step], vessel["radius"] * body.scale.mean()))
-    c.stroke(*joined(tubes), blood, NO_LUNG)
+    body = c.body
+    tubes = [(path(points), radius) for radius, points in DATA["vessels"].values()]
+    part, distance = c.tube(*joined([body.aorta, *tubes]))
+    part.paint(distance, body.blood)
+    part.lung *= 1 - part.cover(distance)
     trees = [body.tree(*which) for which in product(SIDES, ("artery", "vein"))]
-    c.stroke(*joined(trees), blood - 4, IN_LUNG)
+    c.stroke(*joined(trees), body.blood - 4, IN_LUNG)
 
 
 def airways(c):
     """Walls, then lumens, of trachea and bronchi as far as they show."""
-    body, tubes = c.body, [c.body.bronchi(side) for side in SIDES]
-    for name, airway in DATA["airways"].items():
-        tubes.append((body.line(name), airway["radius"] * float(body.scale.mean())))
-    points, radii = joined(tubes)
-    points, radii = points[radii > 1.6], radii[radii > 1.6]
-    c.stroke(points, radii + .7 + .05 * radii, 0)
-    c.stroke(points, radii, -960)
+    trees = [c.body.tree(side, "airway") for side in SIDES]
+    central = [(path(points), radius) for radius, points in DATA["airways"].values()]
+    for tubes, in_lung in ((trees, IN_LUNG), (central, False)):
+        points, radii = joined(tubes)
+        points, radii = points[radii > 1.6], radii[radii > 1.6]
+        c.stroke(points, 1.05 * radii + .7, 0, in_lung)
+        c.stroke(points, radii, -960, in_lung)
 
 
 # ------------------------------------------------------------------------------ the abnormalities
-# One function each: it draws one lesion with a pen, and what it paints goes into the abnormality's
-# mask. The docstrings say what it looks like on CT.
+# One function each, in the order in which they are drawn: it draws one lesion with a pen, and what
+# it paints goes into the abnormality's mask. The docstrings say what it looks like on CT.
 class Pen(Canvas):
     """The canvas while one lesion is drawn: with random numbers, and what LESIONS says of it.
 
-    That is some of side, lobe, size in mm, n, what.
+    That is some of side, lobe, size in mm, n, what. r: half the size. hilum: the lung's root.
     """
 
-    def __init__(self, canvas, name, lesion):
+    def __init__(self, canvas, lesion):
         vars(self).update(vars(canvas) | lesion)
-        self.name = name
+        self.r = lesion.get("size", 0) / self.body.scale.mean() / 2
+        self.size = 2 * self.r
         self.sign = SIGN.get(lesion.get("side"))
-        rng = default_rng([int(share * 2**32) for share in lesion["place"]])
-        self.uniform, self.normal, self.integers = rng.uniform, rng.standard_normal, rng.integers
-        self.rng = rng
+        self.rng = default_rng([int(share * 2**32) for share in lesion["place"]])
+        self.uniform, self.normal = self.rng.uniform, self.rng.standard_normal
+        self.shift = self.rng.integers(64)  # of its textures
 
     @property
     def half(self):
-        """Views of the lesion's side of the chest."""
-        middle = int(self.grid((0, 0, 0))[0]) + 1
-        right, left = np.s_[:, :, :middle], np.s_[:, :, middle:]
-        return self.part(right if self.side == "right" else left)
+        """The part with the lesion's side of the chest."""
+        return self.box((99 * self.sign, 0, 0), (96, 999, 999))
 
-    def site(self, margin, most=1e9):
-        """A point in the lesion's lobe, margin to most mm deep."""
-        return self.body.spots(self.rng, 1, margin, self.lobe, most)[0]
+    @property
+    def hilum(self):
+        return f32((36 * self.sign, 9, 131))
 
-    def lump(self, centre, radii, rough, axes=None):
-        """An ellipsoid with an uneven surface; rough: by which share of its radius."""
-        radii = broadcast_to(f32(radii), 3)
-        shape = self.ellipsoid(centre, radii, axes, 2 * rough * float(radii.max()))
-        bumps = self.texture(shape.where, "fine", 2.5, self.integers(64))
-        return shape.shrunk(rough * float(radii.mean()) * bumps)
+    def lump(self, centre, radii, rough, axes=np.eye(3)):
+        """An ellipsoid with an uneven surface -> its part, the signed distance there."""
+        part = self.box(centre, max(radii) * (1 + 2 * rough))
+        bumps = rough * np.mean(radii) * part.texture("fine", 2.5, self.shift)
+        return part, ellipsoid(part.at, centre, radii, axes) + bumps
 
-    def blob(self, margin, spread, rough, most=1e9, tilted=False):
-        """A lump of the lesion's size in its lobe -> radius, centre, shape."""
-        r, centre = self.size / 2, self.site(margin, most)
-        radii, axes = r * self.uniform(*spread, 3), None
-        if tilted:
-            axes = f32(np.linalg.qr(self.normal((3, 3)))[0])
-        return r, centre, self.lump(centre, radii, rough, axes)
-
-    def scatter(self, centre, n, spread, radii, hu, mark=True):
-        """Small round shadows around a point: satellites, tree-in-bud."""
-        points = centre + self.normal((n, 3)) * spread
-        self.stroke(points, self.uniform(*radii, n), hu, IN_LUNG, mark=mark)
-
-    def haze(self, part, rise, cover, level=.5):
-        """Raise the density of a part, vessels staying visible; cover goes into the mask."""
-        part.hu += minimum(rise, maximum(20 - part.hu, 0))
-        self.note(part.where, cover, level)
-
-    def ground_glass(self, shape, rise, edge):
-        """Denser lung in which vessels stay visible."""
-        part = self.part(shape.where)
-        cover = self.cover(shape.distance, edge) * part.lung
-        self.haze(part, cover * rise, cover)
+    def blob(self, rough, least, most=1e9):
+        """A lump of the lesion's size, so deep in its lobe -> centre, part, signed distance."""
+        centre = self.body.spots(self.rng, 1, self.lobe, least, most)[0]
+        axes = np.linalg.qr(self.normal((3, 3)))[0]
+        return centre, *self.lump(centre, self.r * self.uniform(.8, 1.15, 3), rough, axes)
 
 
 # Diffuse.
 def mosaic_attenuation_pattern(pen):
     """Patches of lung a little denser beside patches a little emptier."""
     half = pen.half
-    coarse, fine = half.texture("coarse", 3, 17), half.texture("fine", 3, 5)
-    pattern = clip(.5 + 3 * (coarse + .3 * fine), 0, 1) * half.lung
-    half.hu += 165 * pattern - 45 * half.lung
-    pen.note(half.where, pattern)
+    patches = half.texture("coarse", 3, 17) + .3 * half.texture("fine", 3, 5)
+    half.haze(clip(.5 + 3 * patches, 0, 1), 165)
+    half.hu -= 45 * half.lung
 
 
 def emphysema(pen):
     """Holes without walls, mostly in the upper lobe, in lung that is thinned out."""
-    half, body, n = pen.half, pen.body, pen.n
-    half.hu -= 35 * half.lung * clip((half.z - .35 * body.top) / 90, 0, 1)
-    upper = body.spots(pen.rng, int(.75 * n), 3, pen.lobe)
-    anywhere = body.spots(pen.rng, int(.25 * n), 3, pen.side)
+    half, spots = pen.half, pen.body.spots
+    half.hu -= 35 * half.lung * clip((half.z - 80) / 90, 0, 1)
+    upper, anywhere = spots(pen.rng, pen.n, pen.lobe, 3), spots(pen.rng, pen.n // 4, pen.side, 3)
     points = concatenate((upper, anywhere))
-    radii = pen.size / 2 * pen.uniform(.5, 1, len(points))
-    pen.stroke(points, radii, -985, IN_LUNG, strength=.9)
+    pen.stroke(points, pen.r * pen.uniform(.5, 1, len(points)), -980, IN_LUNG)
 
 
 def interlobular_septal_thickening(pen):
     """Thickened walls of the secondary lobules, below the pleura and at the bases."""
     half = pen.half
-    outer = clip(1.25 - half.depth / 26, .1, 1)
-    weight = outer * clip(1.4 - 1.1 * half.z / pen.body.top, .2, 1) * half.lung
-    walls = half.texture("cells", 2.6, 9) * weight
-    pen.haze(half, walls * 460 + weight * 30, walls, .35)
+    outer = clip(1.25 - half.depth / 26, .1, 1) * clip(1.4 - half.z / 200, .2, 1)
+    half.haze(outer * half.texture("cells", 2.6, 9), 480)
 
 
 def pulmonary_fibrosis(pen):
     """Honeycomb cysts and reticulation in a rind below the pleura, thickest at the bases."""
     half = pen.half
-    basal = clip(1.15 - 1.25 * half.z / pen.body.top, .12, 1)
-    thick = basal * pen.size * (1 + .35 * half.texture("fine", 3))
-    honeycomb = -840 + 780 * half.texture("cells", 1.5, 4)
-    pen.paint(Shape(half.where, half.depth - thick), honeycomb, IN_LUNG, 5)
+    basal = pen.size * clip(1.15 - half.z / 180, .12, 1)
+    rind = half.depth - basal * (1 + .35 * half.texture("fine", 3))
+    half.paint(rind, 780 * half.texture("cells", 1.5, 4) - 840, IN_LUNG, 5)
 
 
-def sleeves(pen, extent, least, wall, lumen, strength):
+def lung_opacity(pen):
+    """Ground glass: a denser cloud in which vessels stay visible."""
+    _, part, cloud = pen.blob(.3, pen.uniform(6, 16))
+    part.haze(part.cover(cloud, 5), pen.uniform(210, 340))
+
+
+def sleeves(pen, extent, least, wall):
     """Thick walls round the airways up to extent mm from the hilum; least: of their radii."""
-    points, radii = pen.body.bronchi(pen.side)
-    near = norm(points - points[0], axis=1) < extent
+    points, radii = pen.body.tree(pen.side, "airway")
+    near = norm(points - pen.hilum, axis=1) < extent
     points, radii = points[near], maximum(radii[near], least)
-    pen.stroke(points, radii + pen.size, wall, IN_LUNG, strength)
-    pen.stroke(points, radii, lumen, mark=False)
+    pen.stroke(points, radii + pen.size, wall, IN_LUNG)
+    pen.stroke(points, radii, -960, IN_LUNG)
 
 
 def peribronchial_thickening(pen):
     """Soft sleeves around the central bronchi."""
-    sleeves(pen, 62, 0, -60, -960, .75)
+    sleeves(pen, 62, 0, -200)
 
 
 def bronchial_thickening(pen):
     """Thick walls of the segmental bronchi, far into the lung."""
-    sleeves(pen, 105, 1.9, 45, -950, 1)
+    sleeves(pen, 105, 1.9, 45)
 
 
 def bronchiectasis(pen):
     """Wide bronchi that don't taper, with walls, running into the periphery of a lobe."""
-    hilum, lines, tubes = pen.body.bronchi(pen.side)[0][0], [], []
-    for way in pen.body.spots(pen.rng, 9, 9, pen.lobe, 26) - hilum:
-        bend = hilum + .6 * way + pen.uniform(-7, 7, 3)
-        lines.append(path((hilum + .3 * way, bend, hilum + way), smooth=9))
-    for line in lines:
-        beads = 1 + .2 * sin(arange(len(line)) / 2.2)
-        tubes.append((line, pen.size / 2 * pen.uniform(.75, 1.1) * beads))
-    points, radii = joined(tubes)
+    lines = []
+    for tip in pen.body.spots(pen.rng, 9, pen.lobe, 9, 26):
+        start, bend = pen.hilum + array(((.3,), (.6,))) * (tip - pen.hilum)
+        lines.append(path((start, bend + pen.uniform(-7, 7, 3), tip)))
+    points = concatenate(lines)
+    radii = pen.r * (.9 + .2 * sin(arange(len(points)) / 4))
     pen.stroke(points, radii + 1.9, 10, IN_LUNG)
     pen.stroke(points, radii, -960, IN_LUNG)
 
 
 # Focal.
-def lung_nodule(pen):
-    """A small round shadow of soft tissue, now and then of calcium."""
-    _, _, shape = pen.blob(min(pen.size / 2 + 2, 14), (.85, 1.1), .07)
-    soft, calcified = pen.uniform(10, 70), pen.uniform(150, 400)
-    pen.paint(shape, pen.rng.choice((soft, calcified), p=(.85, .15)), IN_LUNG)
-
-
-def lung_mass(pen):
-    """Large, lobulated and spiculated, with a darker core."""
-    r, centre, shape = pen.blob(.35 * pen.size, (.85, 1.1), .16)
-    spicules = []
-    for ray in pen.normal((14, 3)) * r:
-        tip = centre + ray / norm(ray) * r * pen.uniform(1.2, 1.6)
-        spicules.append(path((centre, tip)))
-    pen.stroke(concatenate(spicules), 1.1, 0, IN_LUNG)
-    pen.paint(shape, 42 + 8 * pen.texture(shape.where, "fine", 3), IN_LUNG)
-    pen.paint(shape.shrunk(.55 * r), 18, edge=3, mark=False)
-
-
-def lung_opacity(pen):
-    """Ground glass: a denser cloud in which vessels stay visible."""
-    margin = pen.uniform(6, 16)
-    _, _, shape = pen.blob(margin, (.7, 1.15), .3, tilted=True)
-    pen.ground_glass(shape, pen.uniform(210, 340), 5)
-
-
-def consolidation(pen):
-    """Filled lung at the pleura, with air bronchograms that run towards the hilum."""
-    r, centre, shape = pen.blob(5, (.75, 1.15), .22, .3 * pen.size, tilted=True)
-    pen.paint(shape, pen.uniform(25, 50), IN_LUNG, 2)
-    away = centre - pen.body.hilum(centre)
-    away = away / (norm(away) + 1)
-    for _ in range(pen.integers(3, 7)):
-        inner = centre - away * .9 * r + pen.normal(3) * .25 * r
-        outer = centre + away * .6 * r + pen.normal(3) * .45 * r
-        pen.stroke(path((inner, outer)), pen.uniform(1.5, 2.3), -850, IN_LUNG, mark=False)
-
-
-def pneumonia(pen):
-    """Patchy: several dense cores in one cloud of ground glass, with tree-in-bud around."""
-    r, centre = pen.size / 2, pen.site(8, 22)
-    cloud = pen.lump(centre, 1.15 * r, .3)
-    pen.ground_glass(cloud, pen.uniform(220, 320), 6)
-    for core in centre + pen.normal((4, 3)) * .5 * r:
-        pen.paint(pen.lump(core, r * pen.uniform(.28, .45), .3), 20, IN_LUNG, 3)
-    pen.scatter(centre, 36, r, (1.6, 2.8), -80)
-
-
-def tuberculosis(pen):
-    """A thick-walled cavity with satellites, strands to the apex, calcified granulomas."""
-    r, centre = pen.size / 2, pen.site(10)
-    pen.scatter(centre, 45, 1.1 * r + 5, (1.6, 3.4), 10)
-    for _ in range(5):
-        end = centre + (pen.normal(3) + (0, 0, 1.2)) * 18
-        pen.stroke(path((centre, end), smooth=6), 1.2, 0, IN_LUNG)
-    cavity = pen.lump(centre, r, .1)
-    pen.paint(cavity, 40, IN_LUNG)
-    pen.paint(cavity.shrunk(pen.uniform(.32, .42) * r + 1.5), -940, mark=False)
-    pen.scatter(centre, 5, 1.2 * r, (1.6, 2.6), 600)
-
-
 def lung_cyst(pen):
     """A round hole with a thin wall."""
-    r = pen.size / 2
-    hole = pen.ellipsoid(pen.site(min(r + 2, 15)), r * pen.uniform(.85, 1.1, 3), reach=4)
-    pen.paint(hole.shrunk(-1.3), -150, IN_LUNG)
-    pen.paint(hole, -990, IN_LUNG)
-
-
-def atelectasis(pen):
-    """Some plates, mostly level, above the diaphragm; or an airless wedge."""
-    u, size = pen.uniform, pen.size
-    if pen.what == "lobar":
-        return wedge(pen)
-    for _ in range(pen.integers(1, 4)):
-        x, y, z = pen.site(8)
-        point = x, y, min(z, pen.body.diaphragm(x, y) + u(10, 34))
-        level = np.eye(3)[[1, 2, 0]]
-        axes = np.linalg.qr(level + u(-.35, .35, (3, 3)))[0].T
-        plate = pen.lump(f32(point), (u(2.2, 4), .6 * size, .38 * size), .02, f32(axes))
-        pen.paint(plate, u(-80, 20), IN_LUNG)
-
-
-def wedge(pen):
-    """Airless lung between spine and diaphragm, or on the heart's border."""
-    half, size, (k, n, m) = pen.half, pen.size, pen.body.scale
-    x, y, z = abs(half.x), half.y, half.z
-    if pen.lobe in LOWER:
-        medial = .6 * (x - 30 * k) - .6 * (y - 48 * n)
-        distance = medial[None] + .55 * (z - 52 * m) - .35 * size + 8
-    else:
-        medial = .6 * (x - 52 * k) + .6 * (y + 34 * n)
-        distance = maximum(medial[None] - .2 * size, abs(z - 84 * m) - .35 * size)
-    distance = distance + 5 * half.texture("fine", 2.5, pen.integers(64))
-    pen.paint(Shape(half.where, distance), pen.uniform(30, 55), IN_LUNG, 1)
+    _, part, hole = pen.blob(0, min(pen.r + 2, 15))
+    part.paint(hole - 1.3, -300, IN_LUNG)
+    part.paint(hole, -990, IN_LUNG)
 
 
 def pulmonary_fibrotic_sequela(pen):
     """Irregular strands from the pleura towards the hilum, and a pleural cap."""
-    u, normal = pen.uniform, pen.normal
-    points = pen.body.spots(pen.rng, 60, 1, pen.lobe, 6)
+    points = pen.body.spots(pen.rng, 60, pen.lobe, 1, 6)
     up = -1 if pen.lobe in UPPER else 1  # at the apex, or at the base
-    centre = points[np.argsort(up * points[:, 2])[pen.integers(0, 8)]]
-    hilum = pen.body.hilum(centre)
-    reach = pen.size / norm(hilum - centre)
-    for _ in range(pen.integers(4, 8)):
-        start, knots = centre + normal(3) * 9, []
-        for t in (0, .35, .7, 1):
-            way = t * reach * u(.6, 1) * (hilum - start)
-            knots.append(start + way + normal(3) * 5 * (t > 0))
-        pen.stroke(path(knots, smooth=5), u(1.1, 2.1), 0, IN_LUNG)
-    ball = pen.ellipsoid(centre, 20)
-    pen.paint(ball.cut(pen.depth[ball.where] - u(3, 6)), 15, IN_LUNG)
-    pen.scatter(centre, 2, 8, (1.5, 2.2), 500, mark=False)
+    centre = points[(up * points[:, 2]).argmin()]
+    way = pen.hilum - centre
+    strand = centre + linspace(0, pen.size / norm(way), 5)[:, None] * way
+    for _ in range(6):
+        pen.stroke(path(strand + 5 * pen.normal((5, 3))), pen.uniform(1.1, 2.1), 0, IN_LUNG)
+    part, ball = pen.lump(centre, (20, 20, 20), .1)
+    part.paint(maximum(ball, part.depth - 5), 15, IN_LUNG)
+
+
+def pneumonia(pen):
+    """Patchy: several dense cores in one cloud of ground glass, with tree-in-bud around."""
+    centre, part, cloud = pen.blob(.3, 8, 22)
+    part.haze(part.cover(cloud, 6), pen.uniform(220, 320))
+    for core in centre + pen.normal((4, 3)) * .5 * pen.r:
+        part, distance = pen.lump(core, pen.r * pen.uniform(.32, .5, 3), .3)
+        part.paint(distance, 20, IN_LUNG, 3)
+    pen.stroke(centre + pen.normal((36, 3)) * pen.r, 2.2, -80, IN_LUNG)
+
+
+def consolidation(pen):
+    """Filled lung at the pleura, with air bronchograms that run towards the hilum."""
+    centre, part, distance = pen.blob(.22, 5, .3 * pen.size)
+    part.paint(distance, pen.uniform(25, 50), IN_LUNG, 2)
+    way = pen.hilum - centre
+    way *= .8 * pen.r / norm(way)
+    for middle in centre + pen.normal((5, 3)) * .4 * pen.r:
+        pen.stroke(path((middle - way, middle + way)), 1.9, -850, IN_LUNG)
+
+
+def atelectasis(pen):
+    """Plates, mostly level, above the diaphragm; or an airless wedge beside spine or heart."""
+    if pen.what == "lobar":
+        centre, radii = DATA["collapsed"][pen.lobe]
+        part, wedge = pen.lump(centre, pen.size * array(radii), .1)
+        part.paint(wedge, pen.uniform(30, 55), IN_LUNG, 1)
+        return
+    for x, y, z in pen.body.spots(pen.rng, 3, pen.lobe, 8):
+        centre = x, y, min(z, pen.body.diaphragm(x, y) + pen.uniform(10, 34))
+        axes = np.linalg.qr(np.eye(3) + pen.uniform(-.3, .3, (3, 3)))[0]
+        part, plate = pen.lump(centre, (1.2 * pen.r, .8 * pen.r, 3), .02, axes)
+        part.paint(plate, pen.uniform(-80, 20), IN_LUNG)
+
+
+def tuberculosis(pen):
+    """A thick-walled cavity with satellites, strands to the apex, calcified granulomas."""
+    centre, part, wall = pen.blob(.1, 10)
+    around = centre + pen.normal((50, 3)) * (1.1 * pen.r + 5)
+    pen.stroke(around, pen.uniform(1.6, 3.4, 50), 10, IN_LUNG)
+    for way in pen.normal((5, 3)) + (0, 0, 1.2):
+        pen.stroke(path((centre, centre + 18 * way)), 1.2, 0, IN_LUNG)
+    part.paint(wall, 40, IN_LUNG)
+    part.paint(wall + .37 * pen.r + 1.5, -940, IN_LUNG)
+    pen.stroke(around[:5], 2, 600, IN_LUNG)
+
+
+def lung_nodule(pen):
+    """A small round shadow of soft tissue, now and then of calcium."""
+    _, part, nodule = pen.blob(.07, min(pen.r + 2, 14))
+    part.paint(nodule, pen.rng.choice((10, 25, 40, 40, 55, 70, 300)), IN_LUNG)
+
+
+def lung_mass(pen):
+    """Large, lobulated and spiculated, with a darker core."""
+    centre, part, mass = pen.blob(.16, .35 * pen.size)
+    for ray in pen.normal((14, 3)):
+        tip = centre + 1.4 * pen.r * ray / norm(ray)
+        pen.stroke(path((centre, tip)), 1.1, 0, IN_LUNG)
+    part.paint(mass, 42, IN_LUNG)
+    part.paint(mass + .55 * pen.r, 18, IN_LUNG, 3)
 
 
 # Pleural.
 def pleural_effusion(pen):
     """Fluid that has sunk to the back: a crescent, thickest at the base."""
-    half, size = pen.half, pen.size
-    back = clip(.45 + .75 * (half.y / pen.body.b), 0, 1.1)[None]
-    thick = size * back * clip(1.25 - half.z / (.35 + .009 * size) / pen.body.top, 0, 1)
-    fluid = pen.cover(minimum(half.depth, -half.cavity) - thick)
-    pen.blend(half.where, fluid * half.lung * (thick > 1), pen.uniform(2, 18), NO_LUNG)
+    half = pen.half
+    back = pen.size * clip(.45 + .75 * half.y / DEEP, 0, 1.1)
+    thick = back * clip(1.25 - half.z / (80 + 2 * pen.size), 0, 1)
+    half.paint(half.depth - thick + 2, pen.uniform(2, 18), IN_LUNG)
 
 
 def pneumothorax(pen):
     """Air without vessels outside a fine pleural line; thickest in front and at the apex."""
     half = pen.half
-    x, y, where, lung = half.x, half.y, half.where, half.lung.copy()
-    front = clip(.45 - .8 * y / (hypot(x, y) + 1), 0, 1.2)[None]
-    thick = pen.size * (front + clip(half.z / pen.body.top - .72, 0, .3) * 3)
-    gap, there = -half.cavity - thick, thick > 3
-    half.hu += (1 - pen.cover(gap) * lung * there) * lung * 30  # the lung has shrunk
-    line = clip(1 - abs(gap) / pen.vox, 0, 1)
-    pen.blend(where, line * lung * there * .6, -150, mark=False)
-    pen.blend(where, pen.cover(gap + 1.2) * lung * there, -1000, NO_LUNG)
+    front = clip(.45 - .8 * half.y / DEEP, 0, 1.2) + clip(half.z / 75 - 2.2, 0, .9)
+    gap = 3 - half.cavity - pen.size * front
+    half.paint(abs(gap) - .8, -150, IN_LUNG)
+    half.paint(gap + .8, -1000, IN_LUNG)
 
 
 def empyema(pen):
     """A lens of thick fluid behind thick pleura, with gas; it does not follow gravity."""
     u, size = pen.uniform, pen.size
-    angle, z = math.radians(u(70, 145)), float32(pen.body.top * u(.3, .55))
-    x, y = f32((pen.sign * math.sin(angle), -math.cos(angle)))  # outwards
-    r = float(pen.body.radius(x, y, z)) - .3 * size
-    centre = array((x * r, y * r, z), float)
-    axes = f32(((x, y, 0), (-y, x, 0), (0, 0, 1)))
-    lens = pen.ellipsoid(centre, (.62 * size, .95 * size, 1.2 * size), axes, 3)
-    there = pen.part(lens.where)
-    rind = lens.cut(there.cavity + 1)
-    pen.blend(lens.where, pen.cover(rind.distance) * (there.lung > .02), 65, NO_LUNG)
-    pen.paint(lens.shrunk(5.5).cut(there.cavity + 6), u(22, 34), mark=False)
-    bubbles = centre + u(-1, 1, (9, 3)) * size * (.25, .25, .6) - (0, .25 * size, 0)
-    pen.stroke(bubbles, u(2, 5, 9), -900, mark=False)
+    angle, z = pen.sign * u(1.2, 2.5), u(.3, .55) * HIGH
+    centre = pen.body.rim(angle, z, .1 * size)
+    part, lens = pen.lump(centre, array((.8, .8, 1.2)) * size, .02)
+    part.paint(lens, 65, IN_LUNG)
+    part.paint(maximum(lens + 5.5, part.cavity + 6), u(22, 34), IN_LUNG)
+    inside = pen.body.rim(angle, z, -.35 * size)
+    pen.stroke(inside + u(-.25, .25, (9, 3)) * size, u(2, 4, 9), -900)
 
 
 def pleural_calcification(pen):
     """Plaques of calcium on the inside of the chest wall."""
-    u = pen.uniform
-    for _ in range(pen.integers(2, 5)):
-        angle, z = math.radians(u(50, 150)), u(.2, .65) * pen.body.top
-        arc, up = pen.size / 2 * u(.6, 1) * u(-1, 1, (2, 90))
-        angle, z = angle + arc / 105, f32(z + up)
-        x, y = pen.sign * sin(angle), -cos(angle)
-        r = pen.body.radius(x, y, z) - 2
-        pen.stroke(np.c_[x * r, y * r, z], u(1.4, 2.6, 90), u(450, 800))
+    u, normal = pen.uniform, pen.normal
+    for _ in range(4):
+        angle = u(.9, 2.6) + .002 * pen.size * normal(90)
+        z = u(.2, .65) * HIGH + .2 * pen.size * normal(90)
+        plaque = pen.body.rim(pen.sign * angle, z, -2)
+        pen.stroke(plaque, u(1.4, 2.6, 90), u(450, 800))
 
 
 # Mediastinal.
 def cardiomegaly(pen):
     """A wide heart, drawn with the anatomy."""
-    pen.note(pen.heart.where, pen.cover(pen.heart.distance))
+    part, heart = pen.heart()
+    part.paint(heart, pen.body.blood + 2)
 
 
 def pericardial_effusion(pen):
     """Water around the heart outside a layer of epicardial fat, deeper behind and below."""
-    box, fat = pen.part(pen.heart.where), pen.heart.shrunk(-4)
-    thick = pen.size * clip(.75 + .35 * (box.y + 24) / 50, .4, 1.15)
-    fluid = pen.cover(inside_all(fat.distance - thick, box.cavity + 2, 3 - box.dome))
-    pen.blend(box.where, fluid, pen.uniform(4, 16), NO_LUNG, mark=False)
-    pen.note(box.where, fluid * (1 - pen.cover(fat.distance)))
-    pen.paint(fat, -85, mark=False)
-    pen.paint(pen.heart, pen.body.hu.blood, mark=False)
-
-
-def pericardial_calcification(pen):
-    """Plates of calcium around the heart."""
-    for _ in range(pen.integers(4, 7)):
-        point = pen.normal(3) + (0, 0, -.5)
-        plate = point / norm(point) + pen.normal((110, 3)) * .26
-        radii = pen.size * pen.uniform(.3, .55, 110)
-        pen.stroke(pen.body.on_heart(plate, 1.07), radii, pen.uniform(500, 900))
+    part, heart = pen.heart(30)
+    outer = heart - 3 - pen.size * clip(1 + part.y / 140, .4, 1.15)
+    above = pen.body.diaphragm(part.x, part.y) + 3 - part.z
+    fluid = reduce(maximum, (outer, 3 - heart, part.cavity + 2, above))
+    part.paint(fluid, pen.uniform(4, 16))
+    fat = part.cover(maximum(heart - 3, -heart))
+    part.hu += fat * (-85 - part.hu)
 
 
 def hiatal_hernia(pen):
     """Stomach behind the heart: a wall around food and fat, usually with a gas-fluid level."""
-    u, r, body = pen.uniform, pen.size / 2, pen.body
-    centre = (10, .36 * body.b, body.dome["left"] + .55 * r) + u(-4, 4, 3)
-    wall = pen.ellipsoid(centre, r * array((1.1, .85, .9)))
-    lumen = wall.shrunk(4.5)
-    pen.paint(wall, 45, NO_LUNG)
-    pen.paint(lumen, u(5, 30))
-    level = pen.part(wall.where).y - centre[1] + u(-.2, .35) * r
-    if pen.rng.random() < .75:
-        pen.paint(lumen.cut(level), -900)
+    r, u = pen.r, pen.uniform
+    centre = (10, 31, 38 + .55 * r) + u(-4, 4, 3)
+    part, wall = pen.lump(centre, r * array((1.1, .85, .9)), .02)
+    part.paint(wall, 45)
+    part.paint(wall + 4.5, u(5, 30))
+    part.paint(maximum(wall + 4.5, part.y - centre[1] + u(-.2, .7) * r), -900)
 
 
 def lymphadenopathy(pen):
     """One to three enlarged oval nodes at one station."""
-    u, (x, y, z) = pen.uniform, STATIONS[pen.what]
-    x = x * pen.sign if pen.what == "axillary" else x
-    centre, offset = pen.body.at((x, y, z))[0] + u(-3, 3, 3), 0
-    for k in range(pen.integers(1, 4)):
-        r = pen.size / 2
-        if k:  # a smaller neighbour
-            r *= u(.5, .8)
-            offset = u(-1, 1, 3) * 1.2 * r * (1, .6, 1.4)
-        node = pen.ellipsoid(centre + offset, r * u(.75, 1, 3) + (0, 0, .15 * r))
-        pen.paint(node, u(36, 58), NO_LUNG)
+    x, y, z = STATIONS[pen.what]
+    centre = (pen.sign * x if pen.what == "axillary" else x, y, z) + pen.uniform(-3, 3, 3)
+    for smaller in (1, .7, .6)[:pen.rng.integers(1, 4)]:
+        part, node = pen.lump(centre, smaller * pen.r * pen.uniform(.75, 1.1, 3), .05)
+        part.paint(node, pen.uniform(36, 58))
+        centre = centre + pen.normal(3) * pen.r
 
 
-def plaques(pen, n, size, radii):
-    """n calcified plaques in the wall of the aortic arch and the descending aorta."""
-    u, (line, aorta_radii) = pen.uniform, pen.body.aorta
-    for _ in range(n):
-        i = pen.integers(int(.22 * len(line)), int(.9 * len(line)))
-        run = slice(i, i + max(2, int(size * u(.5, 1) / 2)))
-        along = line[min(i + 1, len(line) - 1)] - line[i - 1]
-        across, up = np.linalg.svd(along[None] / norm(along))[2][1:]
-        start = u(0, 2 * math.pi)
-        arc = start + linspace(-.3, .3, 5)[:, None, None] * u(.5, 1.5)
-        points = line[run] + aorta_radii[run, None] * (cos(arc) * across + sin(arc) * up)
-        pen.stroke(points.reshape(-1, 3), u(*radii), u(500, 1000))
+def plaques(pen, n, size, thick):
+    """n calcified plaques of some mm in the wall of the aortic arch and the descending aorta."""
+    line, radii = pen.body.aorta
+    tangents = np.gradient(line, axis=0)
+    for start in pen.rng.integers(22, 90, n):
+        i = minimum(start + pen.rng.integers(0, size // 3, 40), 99)
+        outwards = np.cross(tangents[i], pen.normal(3) + .3 * pen.normal((40, 3)))
+        outwards *= (radii[i] / norm(outwards, axis=1))[:, None]
+        pen.stroke(line[i] + outwards, pen.uniform(*thick), pen.uniform(500, 1000))
+
+
+def atherosclerosis(pen):
+    """A wide aorta with soft plaque inside its wall and coarse calcified plaques on it."""
+    line, radii = pen.body.aorta
+    pen.stroke(line, radii - 1, 12)
+    pen.stroke(line, radii - pen.size * (.6 + .4 * sin(arange(100) / 2)), pen.body.blood + 6)
+    plaques(pen, 26, 26, (1.8, 2.8))
 
 
 def arterial_wall_calcification(pen):
     """Calcified plaques in the aorta's wall."""
-    plaques(pen, pen.n, pen.size, (1.2, 2))
-
-
-def atherosclerosis(pen):
-    """A wide, long aorta with soft plaque inside its wall and coarse calcified plaques on it."""
-    line, radii = pen.body.aorta
-    wall = pen.tube(line, radii)
-    pen.paint(wall.shrunk(1), 12, mark=False)
-    lumen = radii - pen.size * (.6 + .4 * sin(arange(len(line)) / 4))
-    pen.stroke(line, lumen, pen.body.hu.blood + 6, mark=False)
-    plaques(pen, 26, 26, (1.8, 2.8))
-    pen.note(wall.where, -wall.distance, 0)
+    plaques(pen, pen.n, int(pen.size), (1.2, 2))
 
 
 def coronary_artery_wall_calcification(pen):
     """Dashes of calcium along an artery's course on the heart."""
-    u, (start, end) = pen.uniform, array(DATA["coronaries"][pen.what])
-    t = linspace(0, 1, 40)[:, None]
-    points = path(pen.body.on_heart(start * (1 - t) + end * t, 1.03), 1)
-    first = pen.integers(0, max(1, min(18, len(points) - 12)))
-    part = points[first:first + pen.size]
-    dashes = sin(arange(len(part)) * .5 + u(0, 6)) > -.6
-    pen.stroke(part[dashes], u(1.7, 2.6), u(550, 1000))
+    line = pen.body.on_heart(path(DATA["coronaries"][pen.what]), 1.03)
+    start = pen.rng.integers(0, 50)
+    dashes = line[start:start + int(pen.size)]
+    dashes = dashes[sin(.4 * arange(len(dashes))) > -.6]
+    pen.stroke(dashes, pen.uniform(1.7, 2.6), pen.uniform(550, 1000))
+
+
+def pericardial_calcification(pen):
+    """Plates of calcium around the heart."""
+    for ray in pen.normal((5, 3)) - (0, 0, .5):
+        plate = ray / norm(ray) + pen.normal((110, 3)) * .26
+        radii = pen.size * pen.uniform(.3, .55, 110)
+        pen.stroke(pen.body.on_heart(plate, 1.07), radii, pen.uniform(500, 900))
 
 
 def pneumomediastinum(pen):
     """Streaks of air along trachea, great vessels and heart, outside the lungs."""
-    u, integers, body, aorta = pen.uniform, pen.integers, pen.body, pen.body.aorta[0]
-    guides = [(body.line("trachea"), 11), (body.line("esophagus"), 9)]
-    guides += [(body.line("superior_vena_cava"), 10), (aorta[:len(aorta) // 2], 17)]
-    for _ in range(26):
-        guide, off = guides[integers(len(guides))]
-        start = integers(0, max(1, len(guide) - 12))
-        part = guide[start:start + integers(10, 26)]
-        angle = u(0, 6.3) + arange(len(part)) * .06
-        streak = part + np.c_[cos(angle), sin(angle), 0 * angle] * (off + u(0, 4))
-        pen.stroke(streak[body.depth(streak) < 1], pen.size * u(.3, .55), -940)
-    front = body.on_heart(pen.normal((60, 3)) * .4 + (0, -1, .6), 1.06)
-    pen.stroke(front[body.depth(front) < 3], pen.size * .45, -920)
+    streaks = []
+    for name in pen.rng.choice(DATA["dissected"], 26):
+        radius, line = TUBES[name]
+        start, angle = pen.rng.integers(0, 80), pen.uniform(0, 6.3) + .08 * arange(20)
+        away = (radius + pen.uniform(2, 6)) * array((cos(angle), sin(angle), 0 * angle))
+        streaks.append(path(line)[start:start + 20] + away.T)
+    points = concatenate(streaks)
+    points = points[pen.body.depth(*points.T) < 1]
+    pen.stroke(points, pen.size * pen.uniform(.3, .55, len(points)), -940)
 
 
 # Bony.
 def osteophyte(pen):
     """Beaks of bone at the front and side corners of two neighbouring end plates."""
-    body, signs = pen.body, (-1, 1) if pen.side == "both" else (pen.sign,)
-    for sign, up in product(signs, (-1, 1)):
-        z = body.disc(pen.what) + up * .16 * body.pitch
-        base = array((sign * 13, body.spine(z) - 9, z))
-        tip = base + array((sign * .75, -.75, -up * .5)) * pen.size * 1.15
-        beak = path((base, tip), 1)
-        pen.stroke(beak, linspace(4.6, 2.2, len(beak)), 620 * body.bone_age, NO_LUNG)
+    disc = level(int(pen.what[1:]) + .5)
+    for sign, up in product((pen.sign,) if pen.sign else (-1, 1), (-1, 1)):
+        base = array((sign * 13, spine(disc) - 9, disc + 3.5 * up))
+        tip = base + array((.85 * sign, -.85, -.55 * up)) * pen.size
+        pen.stroke(path((base, tip)), linspace(4.6, 2.2, 100), 600)
 
 
 def spondylosis(pen):
     """A narrowed disc between dense end plates."""
-    body, z = pen.body, pen.z - pen.body.disc(pen.what)
-    plates = pen.column.shrunk(-2).cut(abs(z) - .3 * body.pitch)
-    pen.paint(plates, body.hu.cortex * 1.1)
-    disc = pen.column.cut(abs(z - .08 * pen.behind) - pen.uniform(.8, 1.6))
-    pen.paint(disc, pen.rng.choice((70, -300)), mark=False)
+    disc = level(int(pen.what[1:]) + .5)
+    part = pen.box((0, spine(disc), disc), (20, 17, 8))
+    height = abs(part.z - disc)
+    part.paint(maximum(column(part) - 2, height - 6.5), 1.1 * pen.body.cortex)
+    part.paint(maximum(column(part), height - 1.3), pen.rng.choice((70, -300)))
 
 
 def rib_fracture(pen):
     """A gap, the far end stepped inwards or outwards, some callus and a haematoma below it."""
     line = pen.body.rib(pen.side, pen.rib)
-    i = int(pen.uniform(.3, .6) * len(line))
+    i = pen.rng.integers(30, 65)
     out = line[i] * (1, 1, 0) / norm(line[i, :2])
-    step = out * pen.size * pen.rng.choice((-1, 1), p=(.6, .4))
-    pen.stroke(line[i:i + 9], 7.5, pen.body.hu.muscle, mark=False)
-    pen.stroke(line[i - 1:i + 3] - out * 5, 7.5, 60, NO_LUNG)
-    far = line[i + 1:i + 9] + step * linspace(1, 0, 8)[:, None] * 1.1
-    pen.stroke(far, 4.3, pen.bone, NO_LUNG, tall=1.35)
-    pen.stroke(line[i - 2:i] + step * .3, 5.5, 350)
+    pen.stroke(line[i:i + 9], 7.5, pen.body.muscles)
+    pen.stroke(line[i - 1:i + 4] - 5 * out, 7.5, 60)
+    step = out * pen.size * pen.rng.choice((-1, 1)) * linspace(1, 0, 8)[:, None]
+    part, distance = pen.tube(line[i + 1:i + 9] + step, 4.3)
+    part.bone(distance)
+    pen.stroke(line[i - 3:i], 5.5, 350)
 
 
 # Foreign.
 def medical_material(pen):
-    """Metal or plastic, denser than bone; most along courses of resources/phantom_scans.toml."""
-    if "sternotomy" in pen.what:  # loops of wire
-        for z in linspace(.45, .86, pen.integers(5, 7)) * pen.body.top:
-            pen.stroke((0, pen.body.front(z), z) + ring(40, (15, 8, 3)), 1.2, 2600)
-    elif "valve" in pen.what:  # in the root of the aorta
-        pen.stroke(pen.body.aorta[0][3] + ring(60, (13, 5, 13)), 2.2, 2800)
-    for word, device in DATA["devices"].items():
-        if word in pen.what:
-            line = course(pen, device)
-            for radius, hu, mark, *offset in device["strokes"]:
-                pen.stroke(line + offset, radius, hu, mark=mark)
+    """Metal or plastic, denser than bone."""
+    for radius, hu, points in DATA["devices"][pen.what]:
+        pen.stroke(path(points), radius, hu)
 
 
-def ring(n, radii):
-    """n points (n, 3) of a ring about the y axis that lies aslant."""
-    angle = linspace(0, 2 * math.pi, n)
-    return stack((cos(angle), sin(angle), sin(angle)), 1) * radii
-
-
-def course(pen, device):
-    """The points (N, 3) along which a device runs."""
-    body, mirror, pieces = pen.body, (pen.sign, 1, 1), []
-    for kind, *numbers in device["course"]:
-        if kind == "point":
-            piece = body.at(numbers)
-        elif kind == "side":
-            piece = body.at(numbers) * mirror
-        elif kind == "heart":
-            piece = body.in_heart(array([numbers]))
-        elif kind == "chest":
-            share, mm = array(numbers).reshape(2, 1, 3)
-            piece = (share * (body.a, body.b, body.top) + mm) * mirror
-        elif kind == "can":
-            *radii, hu = numbers
-            piece = under_skin(pen)
-            pen.paint(pen.ellipsoid(piece[0], radii), hu)
-        else:
-            piece, first = body.line(kind), numbers[0]
-            piece = piece[first if first >= 1 else int(first * len(piece)):]
-        pieces.append(piece)
-    points = concatenate(pieces)
-    if "above" in device:
-        points = points[points[:, 2] > device["above"] * body.top]
-    return path(points, *device["smooth"]) if "smooth" in device else points
-
-
-def under_skin(pen):
-    """A point (1, 3) under the skin at the front of the chest, below a clavicle."""
-    for r in range(60, 190):
-        point = array((pen.sign * .55 * r, -.83 * r, .83 * pen.body.top))
-        i, j, _ = np.rint(pen.grid(point)).astype(int)
-        inside = 0 <= i < pen.shape[2] and 0 <= j < pen.shape[1]
-        if not inside or pen.skin[0, j, i] > -12:
-            break
-    return point[None]
-
-
-def spoken(function):
-    """A function's name in words."""
-    return function.__name__.replace("_", " ")
-
-
-NORMAL = trunk, organs, table, skeleton, vertebrae, vessels, airways
-ABNORMAL = (  # in the order in which they are drawn; named as in ABNORMALITIES
-    mosaic_attenuation_pattern, emphysema, interlobular_septal_thickening, pulmonary_fibrosis,
-    lung_opacity, peribronchial_thickening, bronchial_thickening, bronchiectasis, lung_cyst,
-    pulmonary_fibrotic_sequela, pneumonia, consolidation, atelectasis, tuberculosis, lung_nodule,
-    lung_mass, pleural_effusion, pneumothorax, empyema, pleural_calcification, cardiomegaly,
-    pericardial_effusion, hiatal_hernia, lymphadenopathy, atherosclerosis,
-    arterial_wall_calcification, coronary_artery_wall_calcification, pericardial_calcification,
-    pneumomediastinum, osteophyte, spondylosis, rib_fracture, medical_material)
+NORMAL = organs, skeleton, vessels, airways
+SPOKEN = {name.replace("_", " ").capitalize(): value for name, value in globals().items()}
+ABNORMAL = {name: SPOKEN[name] for name in SPOKEN if name in ABNORMALITIES}
 
 
 # ------------------------------------------------------------------------------ one reconstruction
@@ -1243,28 +831,47 @@ def reconstructions(seed, split, index):
     """How a scan's one to three volumes are made: in-plane size, spacing in mm, noise in HU, ..."""
     rng = random.Random(f"acquisition {seed} {split} {index}")
     body = patient(seed, split, index, {})
-    width = 2 * (body.a + 1.35 * body.wall + 1.15 * body.fat) + rng.uniform(8, 34)
-    pixels = min(128, max(112, round(width / rng.uniform(2.6, 3.1))))
-    xy = round(min(3.2, max(2.6, width / pixels)), 3)
-    axes = rng.choice(DATA["scanner"]["axes"])
-    slices, weights = DATA["scanner"]["slices"]
-    others = rng.sample(slices, 5)
-    first = rng.choices(slices, weights)[0]
-    thickness = [first] + [t for t in others if t != first and t >= 1.5]
+    width = 2 * WIDE * body.scale[0] * (1 + (body.wall + body.fat_layer) / 100)
+    pixels = rng.randint(112, 128)
+    xy = round(float(width + rng.uniform(8, 34)) / pixels, 3)
+    steps = rng.choice(DATA["scanner"]["steps"])
+    slices = DATA["scanner"]["slices"]
+    thickness = dict.fromkeys(rng.sample(slices, len(slices)))
     count = rng.choices((1, 2, 3), (85, 12, 3))[0]
     return [SimpleNamespace(
         pixels=pixels,
         xy=xy,
         dz=dz,
-        axes=axes,
+        steps=steps,
         noise=rng.uniform(8, 24),
         kernel=rng.choice(("soft", "sharp")),
         intercept=rng.choice((-1024, -1024, -8192)),
         roll=rng.randrange(1_000_000),  # where its noise begins in the shared noise
-    ) for dz in thickness[:count]]
+    ) for dz in list(thickness)[:count]]
 
 
-def draw(seed, split, index, reconstruction=0, lesions=None, masks=True):
+def drawn(body, how, lesions):
+    """Draw a patient and the lesions -> canvas in whole HU, masks: abnormality -> bool array."""
+    c, masks = Canvas(body, how), {}
+    for start in range(0, how.pixels, 8):  # in slabs, whose temporaries stay small
+        trunk(c.part(slice(start, start + 8), ALL, ALL))
+    for part in NORMAL:
+        part(c)
+    for name, abnormality in ABNORMAL.items():
+        if name in lesions:
+            c.mask[:] = 0
+            for lesion in lesions[name]:
+                abnormality(Pen(c, lesion))
+            masks[name] = c.mask > .5
+    # The scanner's noise: white through a sharp kernel, correlated in-plane through a soft one.
+    noise = shared()["noise"][how.roll:][:c.hu.size].reshape(c.hu.shape)
+    if how.kernel == "soft":
+        noise = .65 * noise + .53 * (np.roll(noise, 1, 0) + np.roll(noise, 1, 1))
+    c.hu = np.rint(clip(c.hu + how.noise * noise, -1024, 3071))
+    return c, masks
+
+
+def draw(seed, split, index, reconstruction=0, lesions=None):
     """Draw one reconstruction of a scan, just as `write` does.
 
     lesions: abnormality -> list of lesions, instead of the scan's own (see findings).
@@ -1274,42 +881,15 @@ def draw(seed, split, index, reconstruction=0, lesions=None, masks=True):
     scan = seed, split, index
     lesions = findings(*scan) if lesions is None else lesions
     how = reconstructions(*scan)[reconstruction]
-    c = drawn(patient(*scan, lesions), how, lesions, masks)
-    flips, affine = orientation(c, how.axes)
-    stored = {name: mask.T[flips] for name, mask in c.masks.items()}
-    return c.hu.astype(np.int16).T[flips], affine, c.spacing, lesions, stored
-
-
-def drawn(body, how, lesions, masks):
-    """The canvas with a patient, the lesions and noise on it, in whole HU."""
-    c = Canvas(body, how)
-    for part in NORMAL:
-        part(c)
-    for abnormality in ABNORMAL:
-        name = spoken(abnormality).capitalize()
-        for lesion in lesions.get(name, ()):
-            abnormality(Pen(c, name if masks else None, lesion))
-    # The scanner's noise: white through a sharp kernel, correlated in-plane through a soft one.
-    noise, layers = shared()["noise"], [(0, 1)]  # by how many voxels it is shifted, weight
-    if how.kernel == "soft":
-        layers = [(0, .65), (1, .53), (how.pixels, .53)]
-    for shift, weight in layers:
-        start = how.roll + shift
-        c.hu += how.noise * weight * noise[start:start + c.hu.size].reshape(c.shape)
-    c.hu = np.rint(clip(c.hu, -1024, 3071))
-    return c
-
-
-def orientation(c, axes):
-    """Flips of an array [X, Y, Z] in LPS that store it along axes such as "RAS"; its affine."""
-    steps = array([1 if code in "LPS" else -1 for code in axes])
+    c, masks = drawn(patient(*scan, lesions), how, lesions)
+    # From LPS, as drawn, to the stored axes, -1 where backwards.
+    steps, to_ras = array(how.steps), array((-1, -1, 1))
     flips = tuple(slice(None, None, step) for step in steps)
-    extent = c.spacing * (array(c.shape[::-1]) - 1)
-    corner = c.origin + c.body.offset + (1 - steps) / 2 * extent
-    to_ras = array((-1, -1, 1))
+    extent = c.spacing * (array(c.hu.shape) - 1)
     affine = np.diag((*(to_ras * steps * c.spacing), 1.))
-    affine[:3, 3] = to_ras * corner
-    return flips, affine
+    affine[:3, 3] = to_ras * (c.origin + c.body.offset + (steps < 0) * extent)
+    masks = {name: mask[flips] for name, mask in masks.items()}
+    return c.hu.astype(np.int16)[flips], affine, c.spacing, lesions, masks
 
 
 # ---------------------------------------------------------------------------------- what is written
@@ -1379,10 +959,10 @@ def write_scan(job):
         volume, mask = out / volume_path(name, release), out / f"masks/{name}.nii.gz"
         if volume.exists() and (mask.exists() or not masks):
             continue
-        hu, affine, _, _, drawn = draw(*scan, k, masks=masks)
+        hu, affine, _, _, drawn_masks = draw(*scan, k)
         if masks:
             bits = np.zeros(hu.shape, np.int64)
-            for abnormality, where in drawn.items():
+            for abnormality, where in drawn_masks.items():
                 bits |= where.astype(np.int64) << ABNORMALITIES.index(abnormality)
             write_atomically(mask, nifti(bits, affine))
         if release == 1:  # raw values; neither rescale nor spacing in the header
@@ -1393,21 +973,16 @@ def write_scan(job):
 
 def table_rows(scan, release):
     """Yield for each volume of a scan its row in each of TABLES."""
-    seed, split, index = scan
-    rng = random.Random(f"report {seed} {split} {index}")
+    rng = random.Random("report {} {} {}".format(*scan))
     text = [rng.choice(SITUATIONS), rng.choice(TECHNIQUES)]
     lesions = findings(*scan)
     text += [part or "Not given." for part in report(lesions, rng)]
     labels = [int(name in lesions) for name in CT_RATE]
     rare = [int(name in lesions) for name in CT_RATE_LT]
-    body = patient(*scan, lesions)
+    sex = "F" if patient(*scan, lesions).female else "M"
     for k, how in enumerate(reconstructions(*scan)):
-        name, xy = f"{scan_name(*scan)}_{k + 1}.nii.gz", how.xy
-        intercept = how.intercept if release == 1 else 0
-        corner = body.corner(how.pixels, xy) + body.offset
-        position = str([round(float(at), 3) for at in corner])
-        metadata = ["Phantom", how.kernel, "F" if body.female else "M", 1, intercept]
-        metadata += [f"[{xy}, {xy}]", how.dz, position, "[1, 0, 0, 0, 1, 0]"]
+        name, intercept = f"{scan_name(*scan)}_{k + 1}.nii.gz", how.intercept if release == 1 else 0
+        metadata = ["Phantom", how.kernel, sex, 1, intercept, f"[{how.xy}, {how.xy}]", how.dz]
         yield [[name, *row] for row in (text, metadata, labels, rare)]
 
 
@@ -1497,22 +1072,21 @@ def written(jobs, workers):
 NORMAL_VIEWS = ["Normal, lung window", "Normal, soft tissue"]
 
 
-def example(seed, k, name, plane):
-    """An otherwise normal patient with one abnormality, cut where it is widest.
+def example(seed, k, name, axis):
+    """An otherwise normal patient with one abnormality, cut across an axis where it is widest.
 
-    plane: 0 axial, 1 coronal, 2 sagittal. Returns (image (rows, columns) in HU, mask of the
-    lesion, height of a pixel / its width).
+    Returns (image (rows, columns) in HU, mask of the lesion, height of a pixel / its width).
     """
     rng = random.Random(f"preview {seed} {name}")
     lesions = LESIONS[name](rng) if name in LESIONS else []
     for lesion in lesions:
         lesion["place"] = [rng.random() for _ in range(3)]
     scan, lesions = (seed, "preview", k), {name: lesions}
-    c = drawn(patient(*scan, lesions), reconstructions(*scan)[0], lesions, True)
-    mask = c.masks.get(name, np.zeros(c.shape, bool))
-    down, across = [axis for axis in range(3) if axis != plane]
-    at = mask.sum((down, across)).argmax() if mask.any() else c.shape[0] // 2
-    return c.hu.take(at, plane), mask.take(at, plane), c.spacing[2 - down] / c.spacing[2 - across]
+    c, masks = drawn(patient(*scan, lesions), reconstructions(*scan)[0], lesions)
+    mask = masks.get(name, np.zeros(c.hu.shape, bool))
+    across, down = [other for other in range(3) if other != axis]
+    at = mask.sum((across, down)).argmax() or c.hu.shape[axis] // 2
+    return c.hu.take(at, axis).T, mask.take(at, axis).T, c.spacing[down] / c.spacing[across]
 
 
 def preview(path, seed=0):
@@ -1522,11 +1096,11 @@ def preview(path, seed=0):
     figure = Figure((21, 16), facecolor="black")
     axes = figure.subplots(5, 7).flat
     for k, (axis, name) in enumerate(zip(axes, [*NORMAL_VIEWS, *ABNORMALITIES])):
-        window, plane = DATA["views"].get(name, ("lung", 0))
+        window, cut = DATA["views"].get(name, ("lung", 2))
         black, white = DATA["windows"][window]
-        image, inside, aspect = example(seed, k, name, plane)
+        image, inside, aspect = example(seed, k, name, cut)
         style = {"cmap": "gray", "vmin": black, "vmax": white, "interpolation": "bicubic"}
-        origin = "lower" if plane else "upper"
+        origin = "upper" if cut == 2 else "lower"
         axis.imshow(image, aspect=aspect, origin=origin, **style)
         if inside.any():
             grown = inside.astype(int)

@@ -33,7 +33,6 @@ ABNORMALITIES = CT_RATE + CT_RATE_LT
 SIGN = {"right": -1, "left": 1}  # of x, which points to the left
 SIDES = tuple(SIGN)
 UPPER = ("right upper lobe", "left upper lobe")
-LOWER = ("right lower lobe", "left lower lobe")
 LOBES = ("right upper lobe", "right middle lobe", "right lower lobe",
          "left upper lobe", "left lower lobe")
 
