@@ -1046,7 +1046,8 @@ def main(argv=None):
     add = command.add_argument
     add("--dataset", choices=["ct-rate", "rad-chestct"], required=True)
     add("--root", type=Path, required=True, help="the folder that the data set was downloaded to")
-    add("--split", required=True, help="ct-rate: train, valid; rad-chestct: train, valid, test, all")
+    add("--split", required=True,
+        help="ct-rate: train, valid; rad-chestct: train, valid, test, all")
     add("--release", type=int, choices=[1, 2],
         help="CT-RATE's; default: 2 (the _fixed folders) where it is there")
     add("--out", type=Path, required=True)

@@ -91,9 +91,13 @@ def released(width, depth, text_depth, vocabulary, positions, bank, patch, side)
 
     generator, weights = torch.Generator().manual_seed(0), OrderedDict()
     for name, shape in shapes.items():
-        # about as large as trained ones, so that scores differ from case to case
-        size = (2 / width) ** 0.5 if len(shape) == 2 and "embeddings" not in name else 0.3
-        weights[name] = torch.randn(shape, generator=generator) * size
+        # such that scores differ from case to case
+        size, shift = (2 / width) ** 0.5, 0.0
+        if len(shape) == 1:
+            size, shift = 0.02, float("orm" in name and name.endswith("weight"))
+        elif len(shape) > 2 or "embeddings" in name:
+            size = 0.3
+        weights[name] = torch.randn(shape, generator=generator) * size + shift
     return weights
 
 
