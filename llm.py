@@ -35,7 +35,7 @@ import json
 import math
 import os
 import re
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import jinja2
@@ -230,9 +230,11 @@ class LLM:
         path = self.directory / "generation_config.json"
         settings = self.config.raw | (read_json(path) if path.exists() else {})
         stops = settings.get("eos_token_id")
-        if isinstance(stops, int):
-            stops = [stops]
-        return set(stops or ())
+        if not isinstance(stops, list):
+            stops = [] if stops is None else [stops]
+        if not {int}.issuperset(map(type, stops)):
+            raise ValueError(f"{path}: eos_token_id is {stops}, not ids; fetch it again")
+        return set(stops)
 
     def hidden(self, ids, layout=None, cache=None):
         """Final hidden states (B, T, width) of ids (B, T); a cache is read and written."""
@@ -471,8 +473,8 @@ def make_tokenizer(raw, directory):
 
 
 # ---- the checkpoint's files ----------------------------------------------------------------------
-LLAMA, MISTRAL = "LlamaForCausalLM", "MistralForCausalLM"
-QWEN2, QWEN3 = "Qwen2ForCausalLM", "Qwen3ForCausalLM"
+FAMILIES = LLAMA, MISTRAL, QWEN2, QWEN3 = (
+    "LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 
 
 # Weight, its name in the checkpoint (or names: they are joined), its rows and columns.
@@ -503,48 +505,74 @@ down_bias       model.layers.{}.mlp.down_proj.bias                width
 """
 
 
+# What transformers takes where a config.json leaves a key out, and what it takes in any case:
+#                        llama   mistral  qwen2   qwen3
+LEFT_OUT = """
+max_position_embeddings  2048    131072   32768   32768
+num_key_value_heads      null    8        32      32
+head_dim                 null    null     null    128
+rms_norm_eps             1e-6    1e-6     1e-6    1e-6
+sliding_window           null    4096     4096    4096
+max_window_layers        0       0        28      28
+"""
+ALWAYS = """
+use_sliding_window       false   true     -       -
+max_window_layers        0       0        -       -
+attention_bias           -       false    false   -
+mlp_bias                 -       false    false   false
+"""
+# Values that are supported; null is as good as left out.
+SWITCHES = "tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window"
+SUPPORTED = dict.fromkeys(SWITCHES, [True, False]) | {
+    "hidden_act": ["silu"], "partial_rotary_factor": [1], "quantization_config": [],
+    "per_layer_config": []}
+
+
 class Config:
     """What a decoder needs to know of its config.json."""
 
     def __init__(self, raw, name="config.json"):
         """raw: Hugging Face's dict; ValueError on what isn't supported, `name` being its file."""
-        family = (raw.get("architectures") or [None])[0]
-        if family not in (LLAMA, MISTRAL, QWEN2, QWEN3):
-            raise ValueError(f"{name}: architecture {raw.get('architectures')} is not supported; "
-                             f"use one of {LLAMA}, {MISTRAL}, {QWEN2}, {QWEN3}")
-        for key, only in (("hidden_act", "silu"), ("quantization_config", None)):
-            if raw.get(key, only) != only:
-                raise ValueError(f"{name}: {key} = {raw[key]!r} is not supported; "
-                                 f"use an unquantized checkpoint with {key} = {only!r}")
         try:
-            self._read(family, raw, name)
-        except KeyError as error:
-            raise ValueError(f"{name}: key {error} is missing; fetch the checkpoint again"
-                             ) from None
+            self._read(raw)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{name}: {error}") from None
 
-    def _read(self, family, raw, name):
-        self.raw = raw
-        self.layers = raw["num_hidden_layers"]
-        self.heads = raw["num_attention_heads"]
-        self.kv_heads = raw.get("num_key_value_heads") or self.heads
-        self.head_dim = raw.get("head_dim") or raw["hidden_size"] // self.heads
-        self.eps = raw.get("rms_norm_eps", 1e-6)
-        self.context = raw.get("max_position_embeddings", 2048)
+    def _read(self, raw):
+        family = (raw.get("architectures") or [None])[0]
+        if family not in FAMILIES:
+            raise ValueError(f"architecture {raw.get('architectures')} is not supported; "
+                             f"use one of {', '.join(FAMILIES)}")
+        model_type = family.removesuffix("ForCausalLM").lower()
+        for key, values in (SUPPORTED | {"model_type": [model_type]}).items():
+            if raw.get(key) not in [None, *values]:
+                raise ValueError(f"{key} = {raw[key]!r:.60} is not supported; use a checkpoint "
+                                 f"where it is one of {[None, *values]}")
+        self.raw, raw = raw, column(LEFT_OUT, family) | raw | column(ALWAYS, family)
+        width = number(raw, "hidden_size")
+        self.layers = number(raw, "num_hidden_layers", most=10_000)
+        self.heads = number(raw, "num_attention_heads")
+        self.kv_heads = number(raw, "num_key_value_heads", self.heads)
+        self.head_dim = number(raw, "head_dim", width // self.heads, most=10_000)
+        if self.heads % self.kv_heads or self.head_dim % 2:
+            raise ValueError(f"{self.heads} heads of size {self.head_dim} share {self.kv_heads} "
+                             "keys; heads must be a multiple of the keys, their size even")
+        self.eps = real(raw, "rms_norm_eps")
+        self.context = number(raw, "max_position_embeddings")
         self.windows = sliding_windows(family, raw)  # tokens that a layer looks back, or None: all
-        self.frequencies = rope_frequencies(raw, self.head_dim, name)  # (D / 2,)
+        self.frequencies = rope_frequencies(raw, self.head_dim)  # (D / 2,)
         self.sizes = {
-            "vocab": raw["vocab_size"],
-            "width": raw["hidden_size"],
-            "mlp": raw["intermediate_size"],
+            "vocab": number(raw, "vocab_size"),
+            "width": width,
+            "mlp": number(raw, "intermediate_size"),
             "queries": self.heads * self.head_dim,
             "keys": self.kv_heads * self.head_dim,
             "head_dim": self.head_dim}
-        bias = raw.get("attention_bias")
-        mlp_bias = family == LLAMA and raw.get("mlp_bias")
+        bias, mlp_bias = raw.get("attention_bias"), raw.get("mlp_bias")
         self.optional = {
             "head": not raw.get("tie_word_embeddings"),
             "qkv_bias": bias or family == QWEN2,
-            "out_bias": bias and family in (LLAMA, QWEN3),
+            "out_bias": bias,
             "gate_up_bias": mlp_bias,
             "down_bias": mlp_bias,
             "qk_norm": family == QWEN3}
@@ -574,37 +602,67 @@ class Config:
         return shapes
 
 
+def column(table, family):
+    """A family's values in one of the tables above."""
+    rows, place = map(str.split, table.strip().splitlines()), 1 + FAMILIES.index(family)
+    return {row[0]: json.loads(row[place]) for row in rows if row[place] != "-"}
+
+
+def number(raw, key, default=None, kinds=(int,), least=1, most=10 ** 9):
+    """A config's number, its default if it's left out or null; ValueError beyond the bounds."""
+    value = default if raw.get(key) is None else raw[key]
+    if type(value) not in kinds or not least <= value <= most:
+        raise ValueError(f"{key} is {value!r:.60}, but must be {kinds[-1].__name__} from {least} "
+                         f"to {most}; fetch the checkpoint again")
+    return value
+
+
+real = partial(number, kinds=(int, float), least=1e-20, most=1e20)
+
+
 def sliding_windows(family, raw):
     """How many tokens back each layer sees, None for all."""
-    layers = raw["num_hidden_layers"]
-    slides = family == MISTRAL or family != LLAMA and raw.get("use_sliding_window")
-    if not slides:
-        return [None] * layers
-    first = 0 if family == MISTRAL else raw.get("max_window_layers", 0)
-    kinds = ["full_attention"] * first + ["sliding_attention"] * (layers - first)
-    kinds = raw.get("layer_types") or kinds
-    window = raw.get("sliding_window")
-    return [window if kind == "sliding_attention" else None for kind in kinds[:layers]]
+    layers, first = raw["num_hidden_layers"], number(raw, "max_window_layers", least=0)
+    window, full, sliding = None, "full_attention", "sliding_attention"
+    if raw.get("use_sliding_window") and raw["sliding_window"] is not None:
+        window = number(raw, "sliding_window")
+    kinds = [sliding if window and i >= first else full for i in range(layers)]
+    given = raw.get("layer_types") or kinds
+    mixed = family in (QWEN2, QWEN3) and window and {full, sliding}.issuperset(given)
+    if len(given) != layers or given != kinds and not mixed:
+        raise ValueError("layer_types is at odds with its other keys; use a checkpoint that "
+                         "transformers reads")
+    return [window if kind == sliding else None for kind in given]
 
 
-def rope_frequencies(raw, head_dim, name):
-    """The rotary embedding's frequencies (D / 2,): plain, or scaled as linear or as Llama 3."""
-    scaling = raw.get("rope_scaling") or {}
-    rope = raw.get("rope_parameters") or scaling | {"rope_theta": raw.get("rope_theta", 10000.0)}
+def rope_frequencies(raw, head_dim):
+    """The rotary embedding's frequencies (D / 2,): plain, or scaled as linear or as Llama 3.
+
+    As in transformers, `rope_scaling` replaces `rope_parameters`, and `rope_theta` in either goes
+    before the one beside it.
+    """
+    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+    whole = isinstance(rope, dict) and rope.get("partial_rotary_factor") in (None, 1)
+    if not whole or dict in map(type, rope.values()):
+        raise ValueError(f"rope scaling {rope!r:.200} is not supported; use a checkpoint that "
+                         "rotates whole heads, and in all layers alike")
+    rope = {"rope_theta": raw.get("rope_theta", 10000.0)} | rope
     kind = rope.get("rope_type", rope.get("type", "default"))
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
-    frequencies = rope.get("rope_theta", 10000.0) ** -exponents
+    frequencies = real(rope, "rope_theta") ** -exponents
     if kind == "default":
         return frequencies
     if kind == "linear":
-        return frequencies / rope["factor"]
+        return frequencies / real(rope, "factor")
     if kind == "llama3":  # slow turns are scaled, fast ones are not, those between are mixed
-        turns = rope["original_max_position_embeddings"] * frequencies / (2 * math.pi)
-        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+        context = raw["max_position_embeddings"]
+        context = number(rope | raw, "original_max_position_embeddings", context)
+        turns = context * frequencies / (2 * math.pi)
+        low = real(rope, "low_freq_factor")
+        high = real(rope, "high_freq_factor", least=low)
         fast = ((turns - low) / (high - low)).clamp(0, 1)
-        return torch.lerp(frequencies / rope["factor"], frequencies, fast)
-    raise ValueError(f"{name}: rope scaling {kind!r} is not supported; "
-                     "default, linear and llama3 are")
+        return torch.lerp(frequencies / real(rope, "factor"), frequencies, fast)
+    raise ValueError(f"rope scaling {kind!r} is not supported; default, linear and llama3 are")
 
 
 class Weights:
@@ -617,9 +675,15 @@ class Weights:
         files = ["model.safetensors"]
         index = directory / "model.safetensors.index.json"
         if index.exists():
-            files = sorted(set(read_json(index)["weight_map"].values()))
+            shards = read_json(index).get("weight_map")
+            if not isinstance(shards, dict):
+                raise ValueError(f"{index}: has no weight_map; fetch it again")
+            files = sorted(set(map(str, shards.values())))
         self.file, present = {}, {}
         for file in files:
+            if os.path.basename(file) != file:
+                raise ValueError(f"{index}: names {file!r}, which is outside its folder; fetch the "
+                                 "checkpoint again")
             tensors = tensor_shapes(directory / file)
             present |= tensors
             self.file |= dict.fromkeys(tensors, directory / file)
@@ -631,8 +695,13 @@ class Weights:
                 raise ValueError(f"{self.file[name]}: tensor {name} has shape {present[name]}, "
                                  f"but config.json says {shape}")
         for name in present.keys() - shapes.keys():
-            # Old checkpoints hold the rotary frequencies, some tied ones a head.
-            if not name.endswith("rotary_emb.inv_freq") and name != "lm_head.weight":
+            # Old checkpoints hold the rotary frequencies, some tied ones the embedding as a head.
+            if name == "lm_head.weight":
+                head, embedding = self[name].float(), self["model.embed_tokens.weight"].float()
+                if not torch.equal(head, embedding):
+                    raise ValueError(f"{self.file[name]}: {name} isn't the embedding, but "
+                                     "config.json ties them; set tie_word_embeddings to false")
+            elif not name.endswith("rotary_emb.inv_freq"):
                 raise ValueError(f"{self.file[name]}: tensor {name} has no place in this "
                                  "architecture; check config.json")
 
@@ -644,7 +713,7 @@ class Weights:
 
 def tensor_shapes(file):
     """Name -> shape of every tensor in a safetensors file."""
-    if not file.exists():
+    if not file.is_file():
         raise ValueError(f"{file}: no such file; fetch the whole checkpoint "
                          "(weights must be safetensors)")
     try:
@@ -655,14 +724,17 @@ def tensor_shapes(file):
 
 
 def read_json(path):
-    """A JSON file's content; ValueError names the file."""
+    """A JSON file's object; ValueError names the file."""
     try:
-        return json.loads(Path(path).read_text("utf-8"))
+        content = json.loads(Path(path).read_text("utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file; give the directory of a Hugging Face checkpoint"
                          ) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: holds no JSON object; fetch it again")
+    return content
 
 
 def write_atomically(path, content):
