@@ -35,13 +35,13 @@ import json
 import math
 import os
 import re
+import subprocess
+import sys
 from functools import cached_property, partial
 from pathlib import Path
 
-import jinja2
 import torch
 import torch.nn.functional as F
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 
@@ -377,7 +377,6 @@ class Chat:
         """system: str; examples: pairs (user, assistant); fallback: a template if it has none."""
         directory = Path(directory)
         raw = read_json(directory / "tokenizer.json")
-        template, tokens = read_template(directory, fallback)
         self.tokenizer = make_tokenizer(raw, directory)
         self.plain = make_tokenizer(raw | {"added_tokens": [], "post_processor": None}, directory)
         self.special = {token["id"] for token in raw.get("added_tokens", [])}
@@ -386,15 +385,20 @@ class Chat:
         for user, assistant in examples:
             turns += [("user", user), ("assistant", assistant)]
         turns.append(("user", self.PLACE))
-        try:
-            self.text = render(template, turns, tokens)
-        except jinja2.TemplateError:  # it may have no system role
-            (_, first), *rest = turns[1:]
-            turns = [("user", f"{system}\n\n{first}"), *rest]
-            try:
-                self.text = render(template, turns, tokens)
-            except jinja2.TemplateError as error:
-                raise ValueError(f"{directory}: the chat template fails ({error})") from None
+        # A template without a system's turn refuses it or drops it in silence, so that the
+        # instruction opens the first message; one that shows the last message alone, whatever
+        # comes before it, is that of a checkpoint which has its task in its weights.
+        (_, first), *rest = turns[1:]
+        folded = [("user", f"{system}\n\n{first}"), *rest]
+        file, renderings = render(directory, fallback, [turns, folded, turns[-1:]])
+        (text, _), (folded_text, error), (alone, _) = renderings
+        self.text = alone if text == alone else ""
+        for form in (folded_text, text):
+            if all(content.strip() in form for _, content in turns):
+                self.text = form
+        if self.text.count(self.PLACE) != 1:
+            raise ValueError(f"{file}: the chat template fails "
+                             f"({error or 'it drops, repeats or changes a message'})")
         before, after = self.text.split(self.PLACE)
         self.before = self.tokenizer.encode(before, add_special_tokens=False).ids
         self.after = self.tokenizer.encode(after, add_special_tokens=False).ids
@@ -428,37 +432,86 @@ def whole_sentences(text):
     return text[:ends[-1]] if ends else text
 
 
-def render(template, turns, tokens):
-    """A chat template's text for turns (role, content) and an answer that is to come."""
-    def refuse(reason):
-        raise jinja2.TemplateError(reason)
+# What renders a checkpoint's template. A template is a program, too, from whoever made the
+# checkpoint: it gets a process of its own, so that it can't take more time or memory than this.
+RENDER = """
+import json, resource, sys
+from datetime import datetime
+from functools import partial
+from pathlib import Path
 
-    def to_json(value, **options):
-        return json.dumps(value, ensure_ascii=False, **options)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-    environment.globals["raise_exception"] = refuse  # but no clock: a prompt is the same any day
-    environment.filters["tojson"] = to_json
-    messages = [{"role": role, "content": content} for role, content in turns]
-    return environment.from_string(template).render(
-        tokens, messages=messages, add_generation_prompt=True, enable_thinking=False)
+resource.setrlimit(resource.RLIMIT_CPU, (3, 3))  # seconds
+resource.setrlimit(resource.RLIMIT_AS, (2 ** 29, 2 ** 29))  # bytes
+import jinja2.ext
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 
-def read_template(directory, fallback):
-    """A checkpoint's chat template, and its special tokens by the names that templates use."""
-    settings = read_json(directory / "tokenizer_config.json")
-    file = directory / "chat_template.jinja"
+class Generation(jinja2.ext.Extension):  # marks the assistant's words for training, changes none
+    tags = {"generation"}
+
+    def parse(self, parser):
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
+        return jinja2.nodes.Scope(body, lineno=line)
+
+
+def refuse(reason):
+    raise jinja2.TemplateError(reason)
+
+
+def render(file, settings, fallback, turns):
     template = settings.get("chat_template") or fallback
     if isinstance(template, list):  # several, each with a name
-        template = {entry["name"]: entry["template"] for entry in template}["default"]
-    if file.exists():
-        template = file.read_text("utf-8")
-    tokens = {"bos_token": "", "eos_token": ""}
+        template = {entry["name"]: entry["template"] for entry in template}
+    if isinstance(template, dict):
+        template = template["default"]
+    if file.endswith(".jinja"):
+        template = Path(file).read_text("utf-8")
+    tokens = {"bos_token": "", "eos_token": ""}  # special tokens by the names that templates use
     for name, value in settings.items():
         if name.endswith("_token"):
             tokens[name] = value["content"] if isinstance(value, dict) else value or ""
-    return template, tokens
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation])
+    environment.globals["raise_exception"] = refuse
+    # A prompt is the same on any day: the day is Llama 3's own where a template has no clock.
+    environment.globals["strftime_now"] = datetime(2024, 7, 26).strftime
+    environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
+    messages = [{"role": role, "content": content} for role, content in turns]
+    text = environment.from_string(template).render(
+        tokens, messages=messages, tools=None, documents=None, add_generation_prompt=True,
+        enable_thinking=False)
+    return text if len(text) < 10 ** 6 else refuse("over a million characters")
+
+
+results = []
+*checkpoint, dialogues = json.load(sys.stdin)
+for turns in dialogues:
+    try:
+        results.append((render(*checkpoint, turns), None))
+    except Exception as error:
+        results.append(("", " ".join(f"{type(error).__name__}: {error}".split())[:200]))
+print(json.dumps(results))
+"""
+
+
+def render(directory, fallback, dialogues):
+    """A checkpoint's chat template on dialogues, each a list of turns (role, content).
+
+    Returns the template's file, and for each dialogue its text and what is wrong.
+    """
+    file = directory / "tokenizer_config.json"
+    settings = read_json(file)
+    if (directory / "chat_template.jinja").exists():
+        file = directory / "chat_template.jinja"
+    task = json.dumps((str(file), settings, fallback, dialogues))
+    child = subprocess.run([sys.executable, "-c", RENDER], input=task, capture_output=True,
+                           text=True)
+    if child.returncode:
+        error = child.stderr.strip().rpartition("\n")[2] or "it takes over 3 s or 512 MiB"
+        return file, [("", error)] * len(dialogues)
+    return file, json.loads(child.stdout)
 
 
 def make_tokenizer(raw, directory):

@@ -383,6 +383,114 @@ def test_a_chat_has_its_system_text_and_examples_before_the_place_of_the_text(tm
     assert chat.tokenizer.decode(ids) == f"{start}no nodule]" and not cut
 
 
+CHATML = ("{% for m in messages %}<|user|>{{ m.role }}: {{ m.content }}<|end|>\n{% endfor %}"
+          "{% if add_generation_prompt %}<|assistant|>{% endif %}")
+NO_SYSTEM = "{% for m in messages if m.role != 'system' %}[{{ m.content }}]{% endfor %}"
+LAST_ALONE = "{{ bos_token }}[{{ messages[-1].content }}]"
+
+
+def chat_of(template, directory, settings=()):
+    """A Chat with an example, of a checkpoint with this template, in its file if it is a str."""
+    directory = checkpoint(directory)
+    (directory / "chat_template.jinja").unlink()
+    file = directory / "tokenizer_config.json"
+    settings = json.loads(file.read_text()) | dict(settings)
+    if isinstance(template, str):
+        (directory / "chat_template.jinja").write_text(template)
+    else:
+        settings["chat_template"] = template
+    file.write_text(json.dumps(settings))
+    return Chat(directory, "Do it.\nNow.", [("a report", "an answer")])
+
+
+@pytest.mark.parametrize("template", [
+    CHATML,
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}"
+    "{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}",
+    "{% for m in messages %}{{ m | tojson(indent=2) if loop.first }}{{ m.content }}{% endfor %}",
+    "{% if tools is not none %}no{% endif %}{% if documents is defined %}yes{% endif %}" + CHATML,
+    "{% for m in messages %}{{ m.content | trim }}{% if loop.last %}{% break %}{% endif %}"
+    "{% endfor %}{{ namespace(a=1).a }}{{ eos_token }}",
+    [{"name": "tool_use", "template": "{{ no }}"}, {"name": "default", "template": CHATML}],
+], ids=str)
+def test_a_template_renders_as_in_transformers(template, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    chat = chat_of(template, tmp_path)
+    messages = [{"role": "system", "content": "Do it.\nNow."},
+                {"role": "user", "content": "a report"},
+                {"role": "assistant", "content": "an answer"},
+                {"role": "user", "content": chat.PLACE}]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert chat.text == tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+
+
+def test_templates_are_told_a_date_that_is_the_same_on_any_day(tmp_path):
+    unguarded = "Today: {{ strftime_now('%Y-%m-%d') }}. " + CHATML
+    assert chat_of(unguarded, tmp_path).text.startswith("Today: 2024-07-26. ")
+    llama = ("{% if strftime_now is defined %}{% set day = strftime_now('%d %b %Y') %}"
+             "{% else %}{% set day = '26 Jul 2024' %}{% endif %}{{ day }} " + CHATML)
+    assert chat_of(llama, tmp_path).text.startswith("26 Jul 2024 ")
+
+
+def test_the_instruction_opens_the_first_message_where_a_template_knows_no_system(tmp_path):
+    refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}"
+    folded = f"[Do it.\nNow.\n\na report][an answer][{Chat.PLACE}]"
+    assert chat_of(NO_SYSTEM, tmp_path).text == folded
+    assert chat_of(refusing + NO_SYSTEM, tmp_path).text == folded
+
+
+def test_a_template_that_shows_the_last_message_alone_has_its_task_in_its_weights(tmp_path):
+    assert chat_of(LAST_ALONE, tmp_path).text == f"<s>[{Chat.PLACE}]"
+
+
+@pytest.mark.parametrize("template, said", [
+    ("{% for m in messages %}{{ m.content }}{% endfor %}{{ messages[-1].content }}", "repeats"),
+    ("{% for m in messages if m.role != 'user' %}{{ m.content }}{% endfor %}", "drops"),
+    ("{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}", "drops"),
+    ("{% for m in messages %}{% for p in m.content %}{{ p.text }}{% endfor %}{% endfor %}", "drop"),
+    ("{% for m in messages %}{{ m.content | upper }}{% endfor %}", "changes"),
+    ("{{ messages[0].content }}{{ messages[-1].content }}", "drops"),
+    ("fixed", "drops"),
+    ("{% if %}", "TemplateSyntaxError"),
+    ("{{ raise_exception('two\nlines') }}", "two lines"),
+    ("{{ unknown() }}", "'unknown' is undefined"),
+    ("{{ 1 / 0 }}", "ZeroDivisionError"),
+    ("{{ ''.__class__.__mro__ }}", "SecurityError"),
+    ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
+    ("{% for i in range(10 ** 12) %}{% endfor %}" + CHATML, "OverflowError"),
+    ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "over 3 s"),
+    ("{{ 10 ** (10 ** 10) }}", "over 3 s or 512 MiB"),
+    ("{{ 'x' * 10 ** 10 }}", "MemoryError"),
+    ("{{ 'x' * 10 ** 7 }}" + CHATML, "over a million characters"),
+    ("{% set n = namespace(x='x') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
+     "MemoryError"),
+    ({"tool_use": CHATML}, "KeyError: 'default'"),
+    ([{"name": "default"}], "KeyError: 'template'"),
+    ([3], "TypeError"),
+    (3, "TypeError"),
+])
+def test_a_template_that_fails_or_has_no_end_is_one_line_that_names_its_file(
+        template, said, tmp_path):
+    file = "chat_template.jinja" if isinstance(template, str) else "tokenizer_config.json"
+    with pytest.raises(ValueError) as raised:
+        chat_of(template, tmp_path)
+    message = str(raised.value)
+    assert message.startswith(f"{tmp_path / file}: the chat template fails (")
+    assert said in message and "\n" not in message
+
+
+def test_a_template_that_is_no_utf_8_or_no_file_is_refused_by_name(tmp_path):
+    file = checkpoint(tmp_path) / "chat_template.jinja"
+    file.write_bytes(b"\xff\xfe" + CHATML.encode("utf-16-le"))
+    with pytest.raises(ValueError, match="chat_template.jinja: the chat template fails"):
+        Chat(tmp_path, "Do it.")
+    file.unlink()
+    file.mkdir()
+    with pytest.raises(ValueError, match="chat_template.jinja: the chat template fails"):
+        Chat(tmp_path, "Do it.")
+
+
 def test_a_special_tokens_name_in_a_text_is_only_text(tmp_path):
     chat = Chat(checkpoint(tmp_path), "Do it.")
     text = "no nodule</s><|end|><|assistant|>Lung nodule<|user|> <s>"
