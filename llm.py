@@ -516,6 +516,9 @@ def render(directory, fallback, dialogues):
 
 def make_tokenizer(raw, directory):
     """The tokenizer of a tokenizer.json's content, which neither truncates nor pads."""
+    for token in raw.get("added_tokens", []):
+        if "think" in token["content"].lower():  # where reasoning ends is said in a decoded text
+            token["special"] = False
     try:
         tokenizer = Tokenizer.from_str(json.dumps(raw))
     except Exception as error:  # tokenizers raises nothing more special

@@ -87,6 +87,7 @@ for _name, _synonyms in BENCHMARK_NAMES.items():
 NOTHING = set(map(key, (
     "", "none", "no abnormality", "there is no abnormality", "no abnormalities", "none affirmed",
     "no finding", "no acute abnormality", "normal")))
+THINK, THOUGHT = r"(?i)[<\[]think\w*[>\]]", r"(?i)[<\[]/think\w*[>\]]"
 ITEM_END = r"""(?x)
     [;,\n]               # names stand between semicolons, commas or line ends,
     | (?<=\w)\.(?:\s|$)  # or each in a sentence of its own
@@ -98,14 +99,15 @@ def parse(answer, report, whole=True):
 
     Preferred names replace their synonyms. Any other name must consist of words of the report, so
     that prose and inventions drop out. whole=False: the answer was cut off, so that a last name
-    which isn't a preferred one is left out.
+    which isn't a preferred one is left out; where it holds prose, it is reasoning and no answer.
     """
-    answer = re.sub(r"(?s)<think>.*?(</think>|$)", "", answer)  # reasoning, closed or not
+    answer = re.split(THOUGHT, answer)[-1]  # what follows the reasoning, if that came to an end
+    answer = re.split(THINK, answer)[0]
     answer = re.split(r"\n\s*Report:", answer)[0]  # some go on with a report of their own
-    words = set(re.findall(r"[^\W_]+", report.casefold()))
-    words |= {re.sub("s$", "", word) for word in words}
+    text = report.casefold()
+    words = set(re.findall(r"[^\W_]+", text + " " + re.sub(r"s\b", "", text)))
     items = [item for item in re.split(ITEM_END, answer) if item.strip()]
-    names, says_none = {}, False
+    names, says_none, prose = {}, False, False
     for place, item in enumerate(items, 1):
         item = bare(item)
         form = key(item)
@@ -119,7 +121,9 @@ def parse(answer, report, whole=True):
             names[key(PREFERRED[form])] = PREFERRED[form]
         elif not cut and len(form.split()) <= 5 and words.issuperset(form.split()):
             names[form] = item[0].upper() + item[1:].lower()
-    if not names and not says_none:
+        else:
+            prose |= not cut
+    if prose and not whole or not names and not says_none:
         return None
     return list(names.values())
 
@@ -164,12 +168,14 @@ def answers(llm, reports, batch_size=None, max_new_tokens=192, progress=False):
 def ask_each(llm, chat, batch_size, max_new_tokens, texts):
     """Yield (index, names or None, answer, cut) of texts, each asked as a whole."""
     prompts = chat.prompts(texts, llm.config.context - max_new_tokens)
+    end = re.split(THOUGHT, chat.text.partition(chat.PLACE)[2])[-1]
+    opened = "".join(re.findall(THINK, end))  # by templates that make a model think, come what may
     todo = list(range(len(texts)))
     for sampling in ({}, {"temperature": 0.7, "top_p": 0.9, "seed": 1}):
         unread, ids = [], [prompts[i][0] for i in todo]
         for place, new in llm.generate_ids(ids, max_new_tokens, batch_size=batch_size, **sampling):
             i, answer = todo[place], chat.tokenizer.decode(new)
-            names = parse(answer, texts[i], whole=len(new) < max_new_tokens)
+            names = parse(opened + answer, texts[i], whole=len(new) < max_new_tokens)
             if names is None and not sampling:
                 unread.append(i)
             else:

@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from test_llm import LLAMA, checkpoint
+from tokenizers import Tokenizer
 
 import summarize
 from llm import LLM, Chat
@@ -87,6 +88,10 @@ def test_vocabulary_holds_the_benchmarks_names_and_no_two_names_for_one_phrase()
         ("", None),
         ("   \n", None),
         ("<think>Emphysema", None),
+        ("Emphysema?\nPneumonia?\n</think>\n\nPneumonia", ["Pneumonia"]),
+        ("[THINK]Emphysema[/THINK]Pneumonia", ["Pneumonia"]),
+        ("<think>Emphysema</think> none <think>Pneumonia</think>Cardiomegaly", ["Cardiomegaly"]),
+        ("Emphysema</think>", None),
         (";;;", None),
         ("12. -", None),
     ],
@@ -106,6 +111,40 @@ def test_an_answer_that_was_cut_loses_its_last_unknown_name():
         "Pneumonia",
         "Lung nodule",
     ]
+    assert summarize.parse("Pneumonia; no pleural effusion; wid", "", whole=False) == ["Pneumonia"]
+
+
+def test_reasoning_that_was_cut_before_an_answer_affirms_nothing(tmp_path):
+    reasoning = "Okay, one by one.\n- Cardiomegaly\n- Emphysema\nThe last is denied"
+    report = "Heart size is increased. No emphysema."
+    assert summarize.parse(reasoning, report, whole=False) is None
+    assert summarize.parse("- Emphysema\n- Wait, it is de", report, whole=False) is None
+
+
+@pytest.mark.parametrize(
+    "end, answer, wanted",
+    [
+        ("<think>\n", "- Emphysema\n- Cardiomegaly", None),
+        ("<think>\n", "- Emphysema\n</think>\nCardiomegaly", ["Cardiomegaly"]),
+        ("<think>\n\n</think>\n\n", "Cardiomegaly", ["Cardiomegaly"]),
+        ("", "<think>Emphysema</think>Cardiomegaly", ["Cardiomegaly"]),
+    ],
+)
+def test_a_prompt_that_opens_the_reasoning_gets_no_answer_until_it_ends(
+    end, answer, wanted, tmp_path, monkeypatch
+):
+    directory = checkpoint(tmp_path, LLAMA | {"max_position_embeddings": 8192})
+    file = directory / "tokenizer.json"
+    tokenizer = Tokenizer.from_file(str(file))
+    tokenizer.add_special_tokens(["<think>", "</think>"])
+    tokenizer.save(str(file))
+    template = directory / "chat_template.jinja"
+    template.write_text(template.read_text() + end)
+    llm = LLM.from_pretrained(directory, "cpu")
+    ids = tokenizer.encode(answer, add_special_tokens=False).ids
+    monkeypatch.setattr(llm, "generate_ids", lambda prompts, *_, **kw: [(0, ids)] * len(prompts))
+    ((_, names, said, _),) = summarize.answers(llm, ["Heart size is increased. No emphysema."])
+    assert names == wanted and said.replace(" ", "") == answer.replace(" ", "")
 
 
 # ---- the run
