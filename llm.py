@@ -201,8 +201,7 @@ class LLM:
 
         Raises ValueError or OSError, which name the file and what is wrong with it.
         """
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        path = Path(directory) / "config.json"
+        device, path = find_device(device), Path(directory) / "config.json"
         config = Config(read_json(path), path)
         weights = Weights(path.parent, config.shapes())
         if dtype is None:
@@ -342,6 +341,19 @@ class LLM:
             else:
                 logits = self.step(tokens[:, None], torch.tensor([slot]), slot + 1, cache)
         return answers
+
+
+def find_device(name=None):
+    """The torch.device of a name, by default this process's GPU, else the CPU; or ValueError."""
+    if name is None:
+        gpu = torch.cuda.is_available()
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if gpu else "cpu"
+    try:
+        torch.zeros(1, device=name).item()
+    except Exception:  # each kind of device has its own
+        raise ValueError(f"device {name} can't be used; give cpu, or cuda where there is one"
+                         ) from None
+    return torch.device(name)
 
 
 def choose(logits, temperature, top_p, draws):

@@ -11,6 +11,7 @@ DIR is a Hugging Face checkpoint that llm.py reads, on the user's own disk: no r
 """
 import argparse
 import csv
+import fcntl
 import hashlib
 import json
 import os
@@ -19,6 +20,7 @@ import sys
 import time
 import tomllib
 from collections import Counter
+from contextlib import nullcontext
 from functools import lru_cache, partial
 from itertools import chain
 from pathlib import Path
@@ -26,7 +28,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from llm import LLM, Chat, write_atomically
+from llm import LLM, Chat, find_device
 
 SMALL_CHECKPOINT = Path(__file__).parent / "checkpoints/summarizer"
 
@@ -220,29 +222,33 @@ def run(checkpoint, manifest_path, out_path, batch_size=None, device=None, max_n
     a part file; rank 0 joins them. Raises ValueError or OSError, naming the file, for bad input and
     a full disk.
     """
-    rank, world = ranks()
+    (rank, world), device = ranks(), find_device(device)
     start, out, rows = time.time(), Path(out_path), read_manifest(manifest_path)
     reports = {sha256(row["report"]): row["report"] for row in rows if row["report"].strip()}
     prompt = sha256(report_chat(checkpoint).text)
     stamp = {"model": Path(checkpoint).resolve().name, "prompt_sha256": prompt}
-    done = merge(out, rank)
-    for record in done.values():
+    with locked(out) if rank == 0 else nullcontext():
+        done = merge(out, rank)
+        check_origin(out, done, stamp)
+        todo = [sha for sha in reports if sha not in done]
+        todo = sorted(todo, key=lambda sha: len(reports[sha]))[rank::world]
+        if todo:
+            llm, texts = LLM.from_pretrained(checkpoint, device), [reports[sha] for sha in todo]
+            results = answers(llm, texts, batch_size, max_new_tokens, progress and rank == 0)
+            part = out if world == 1 else Path(f"{out}.part{rank}")
+            append(part, (as_record(todo[i], stamp, *result) for i, *result in results))
+        records = merge(out, rank)
+
+    records = {sha: records[sha] for sha in reports if sha in records}
+    return outcome(rows, records) | {"written": len(todo), "seconds": time.time() - start}
+
+
+def check_origin(out, records, stamp):
+    """ValueError if a record is by another model or prompt than the stamp says."""
+    for record in records.values():
         if not stamp.items() <= record.items():  # another value somewhere
             raise ValueError(f"{out}: holds summaries by model {record.get('model')!r} or another "
                              "prompt; give another --out, or delete it")
-
-    todo = [sha for sha in reports if sha not in done]
-    todo = sorted(todo, key=lambda sha: len(reports[sha]))[rank::world]
-    if todo:
-        if device is None and torch.cuda.is_available():
-            device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-        llm, texts = LLM.from_pretrained(checkpoint, device), [reports[sha] for sha in todo]
-        results = answers(llm, texts, batch_size, max_new_tokens, progress and rank == 0)
-        write_records(out if world == 1 else Path(f"{out}.part{rank}"), todo, results, stamp)
-
-    records = merge(out, rank)
-    records = {sha: records[sha] for sha in reports if sha in records}
-    return outcome(rows, records) | {"written": len(todo), "seconds": time.time() - start}
 
 
 def outcome(rows, records):
@@ -281,19 +287,34 @@ def sha256(text):
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
-def write_records(path, shas, results, stamp):
-    """Append a line for each of `answers`' results, one by one, so that a kill loses little."""
+def locked(out):
+    """Open summaries.jsonl; nobody else can until it is closed, or its process is gone."""
+    file = open(out, "a")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise OSError(f"{out}: another run writes it, or its file system has no locks; wait, or "
+                      "give another --out") from None
+    return file
+
+
+def as_record(sha, stamp, names, answer, cut):
+    """The record of a report, by what `answers` says of it."""
+    summary = None if names is None else summary_text(names)
+    record = {"report_sha256": sha, "abnormalities": names, "summary": summary} | stamp
+    if names is None:
+        record["failed"] = answer
+    if cut:
+        record["cut"] = True
+    return record
+
+
+def append(path, records):
+    """Add records as lines, each as soon as it is there, so that a kill loses little."""
     try:
         with open(path, "a", encoding="utf-8") as file:
-            for i, names, answer, cut in results:
-                summary = None if names is None else summary_text(names)
-                record = {"report_sha256": shas[i], "abnormalities": names, "summary": summary}
-                record |= stamp
-                if names is None:
-                    record["failed"] = answer
-                if cut:
-                    record["cut"] = True
-                file.write(as_line(record))
+            for record in records:
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
                 file.flush()
             os.fsync(file.fileno())
     except OSError as error:
@@ -301,28 +322,23 @@ def write_records(path, shas, results, stamp):
                       "same command again") from None
 
 
-def as_line(record):
-    """A record as a line of summaries.jsonl."""
-    return json.dumps(record, ensure_ascii=False) + "\n"
-
-
 def merge(out, rank=0):
-    """Join the ranks' part files into `out`, without lines that a kill cut off -> its records.
+    """Add the ranks' part files to `out`, without lines that a kill cut off -> its records.
 
     Every rank calls it; rank 0 does it.
     """
     wait()
     if rank == 0:
-        parts, records = sorted(out.parent.glob(f"{out.name}.part*")), {}
+        parts, known = sorted(out.parent.glob(f"{out.name}.part*")), set()
         for file in filter(Path.exists, (out, *parts)):
             content = file.read_bytes()
             if not content.endswith(b"\n"):
                 os.truncate(file, content.rfind(b"\n") + 1)
-            records |= read_records(file)
-        if parts:
-            write_atomically(out, "".join(map(as_line, records.values())).encode())
-        for part in parts:
-            part.unlink()
+            records = read_records(file)
+            if file != out:
+                append(out, (records[sha] for sha in records if sha not in known))
+                file.unlink()
+            known.update(records)
     wait()
     return read_records(out) if out.exists() else {}
 
@@ -427,6 +443,10 @@ def main():
     add("--device")
     a = parser.parse_args()
     settings = a.batch, a.device, a.max_new_tokens
+    for name in ("batch", "max_new_tokens", "dry_run"):
+        value = vars(a)[name]
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
     if a.dry_run:
         return dry_run(a.checkpoint, a.manifest, a.dry_run, *settings)
     result = run(a.checkpoint, a.manifest, a.out, *settings)

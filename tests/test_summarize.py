@@ -248,6 +248,37 @@ def test_a_killed_run_goes_on_without_losing_or_repeating_a_report(fitted, tmp_p
     )
 
 
+def test_a_second_run_on_the_same_file_is_one_line_and_the_first_loses_nothing(
+    fitted, tmp_path, command
+):
+    directory, pairs, _ = fitted
+    out, table = tmp_path / "s.jsonl", tmp_path / "m.csv"
+    manifest(table, [report for report, _ in pairs])
+    arguments = ["--checkpoint", directory / "model", "--manifest", table, "--out", out]
+    first = subprocess.Popen(
+        [sys.executable, str(ROOT / "summarize.py"), *map(str, arguments), "--batch", "2"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    while first.poll() is None and (not out.exists() or not out.read_bytes()):
+        time.sleep(0.02)
+    status, _, error = command(summarize.main, "summarize.py", *arguments)
+    assert status == 2 and "another run writes it" in error and error.count("\n") == 1
+    assert first.poll() is None and first.wait() == 0
+    assert set(summarize.read_records(out)) == {summarize.sha256(report) for report, _ in pairs}
+    assert out.read_bytes().count(b"\n") == len(pairs)
+    assert command(summarize.main, "summarize.py", *arguments)[0] == 0
+
+
+def test_part_files_of_a_killed_run_are_added_once_and_whole(tmp_path):
+    out, part = tmp_path / "s.jsonl", tmp_path / "s.jsonl.part0"
+    lines = [json.dumps({"report_sha256": sha, "abnormalities": []}) + "\n" for sha in "abcd"]
+    out.write_text("".join(lines[:2]) + lines[2][:9])
+    part.write_text("".join(lines[1:]) + lines[0][:9])
+    assert set(summarize.merge(out)) == set("abcd")
+    assert out.read_text() == "".join(lines) and not part.exists()
+
+
 def test_ranks_share_the_reports_and_leave_one_file(fitted, tmp_path):
     directory, pairs, _ = fitted
     arguments = [
@@ -384,6 +415,36 @@ def test_dry_run_prints_prompts_and_answers_and_writes_nothing(fitted, tmp_path,
 
 
 # ---- bad input
+@pytest.mark.parametrize(
+    "option, value",
+    [
+        ("batch", 0),
+        ("batch", -1),
+        ("max-new-tokens", 0),
+        ("max-new-tokens", -5),
+        ("dry-run", 0),
+        ("dry-run", -1),
+        ("device", "foo"),
+        ("device", "meta"),
+        ("device", "cuda:99"),
+    ],
+)
+def test_a_setting_out_of_its_bounds_is_one_line_before_anything_is_written(
+    option, value, tmp_path, command
+):
+    status, output, error = command(
+        summarize.main,
+        "summarize.py",
+        "--manifest",
+        manifest(tmp_path / "m.csv", ["no nodule"]),
+        "--out",
+        tmp_path / "s.jsonl",
+        f"--{option}={value}",
+    )
+    assert status == 2 and error.count("\n") == 1 and f"{option}" in error and str(value) in error
+    assert not output and not (tmp_path / "s.jsonl").exists()
+
+
 def edit_config(**values):
     return lambda directory: (directory / "config.json").write_text(json.dumps(LLAMA | values))
 
