@@ -270,16 +270,34 @@ def ranks():
 
 
 def read_manifest(path):
-    """The rows of a manifest.csv as dicts; ValueError unless it's UTF-8 with a column `report`."""
-    csv.field_size_limit(sys.maxsize)
+    """The rows of a manifest.csv as dicts; ValueError names a row that isn't right, never its text.
+
+    A row with more cells than the header isn't: a comma without quotes has cut its report in two.
+    """
+    csv.field_size_limit(1 << 24)
+    rows = []
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
-            table = csv.DictReader(file, restval="")
-            if "report" not in (table.fieldnames or ()):
-                raise ValueError(f"{path}: no column `report`; python data.py manifest writes one")
-            return list(table)
+            table = csv.DictReader(file, restval="", strict=True)
+            if (table.fieldnames or []).count("report") != 1:
+                raise ValueError(f"{path}: no column `report`, or two; python data.py manifest "
+                                 "writes one")
+            for row in table:
+                rows.append(row)
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 ({error}); save it as UTF-8") from None
+    except csv.Error as error:
+        raise ValueError(f"{path}, row {len(rows) + 2}: not CSV ({error}); put a text with "
+                         "quotes or line ends in quotes, its own doubled") from None
+    for number, row in enumerate(rows, 2):
+        if any(row.pop(None, ())) or "\0" in row["report"]:
+            raise ValueError(f"{path}, row {number}: has more cells than the header, or a NUL; put "
+                             "a text with commas in quotes")
+        for column in filter(re.compile("label:").match, row):
+            row[column] = row[column].strip()
+            if row[column] not in ("", "0", "1", "0.0", "1.0"):
+                raise ValueError(f"{path}, row {number}: {column} must be 0, 1 or empty")
+    return rows
 
 
 def sha256(text):

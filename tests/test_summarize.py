@@ -526,6 +526,42 @@ def test_a_bad_checkpoint_gets_one_line_that_names_it(change, said, tmp_path, co
     )
 
 
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        (b"name,report\na,fine\nb,Secret heart, secret lung\n", "row 3: has more cells"),
+        (b'name,report\na,"Secret heart\nb,secret lung\n', "row 2: not CSV"),
+        (b'name,report\na,fine\nb,"Secret "heart" is large"\n', "row 3: not CSV"),
+        (b"name,report\na,Secret\0heart\n", "row 2: has more cells than the header, or a NUL;"),
+        (b"name,report\na," + b"Secret" * 3_000_000, "row 2: not CSV (field larger"),
+        (b"name,report,label:Secret\na,b,yes\n", "row 2: label:Secret must be 0, 1 or empty"),
+        (b"name,report,label:x\na,b,Secret heart,1\n", "row 2: has more cells"),
+        (b"name,report,report\na,b,c\n", "no column `report`, or two"),
+        (b"name,findings\na,Secret\n", "no column `report`"),
+        (b"", "no column `report`"),
+        ("name,report\na,Secret\n".encode("utf-16"), "not UTF-8"),
+        ("name,report\na,Secret\n".encode("utf-16-le"), "no column `report`"),
+    ],
+)
+def test_a_manifest_that_would_lose_text_is_refused_by_its_row_and_never_quoted(
+    content, said, tmp_path, command
+):
+    (tmp_path / "m.csv").write_bytes(content)
+    arguments = "--manifest", tmp_path / "m.csv", "--out", tmp_path / "s.jsonl"
+    status, _, error = command(summarize.main, "summarize.py", *arguments)
+    assert status == 2 and error.count("\n") == 1 and said in error and "m.csv" in error
+    assert "secret" not in error.casefold().replace("label:secret", "")
+    assert not (tmp_path / "s.jsonl").exists()
+
+
+def test_a_manifest_may_have_commas_and_lines_in_quotes_and_empty_cells_at_its_rows_ends(tmp_path):
+    path = tmp_path / "m.csv"
+    path.write_text('\ufeffname,report,label:x\r\na,"One, ""two""\nthree.", 1 \r\nb,x,,,\r\nc\r\n')
+    rows = summarize.read_manifest(path)
+    assert [row["report"] for row in rows] == ['One, "two"\nthree.', "x", ""]
+    assert [row["label:x"] for row in rows] == ["1", "", ""]
+
+
 def test_bad_manifests_and_summaries_get_one_line(fitted, tmp_path, command):
     (tmp_path / "latin.csv").write_bytes("name,path,report\na,b,\xe9panchement\n".encode("latin-1"))
     (tmp_path / "bare.csv").write_text("name,path\na,b\n")
@@ -541,6 +577,8 @@ def test_bad_manifests_and_summaries_get_one_line(fitted, tmp_path, command):
         (tmp_path / "latin.csv", "s.jsonl", "not UTF-8"),
         (tmp_path / "bare.csv", "s.jsonl", "no column `report`"),
         (tmp_path / "none.csv", "s.jsonl", "none.csv"),
+        (tmp_path, "s.jsonl", f"Is a directory: '{tmp_path}'"),
+        (good, "", f"Is a directory: '{tmp_path}'"),
         (good, "bad.jsonl", "line 1 is not a summary"),
         (good, "other.jsonl", "holds summaries by model 'other'"),
     ):
