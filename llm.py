@@ -376,12 +376,15 @@ def choose(logits, temperature, top_p, draws):
 PLAIN_TEMPLATE = """{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}
 
 {% endfor %}assistant:"""
+MARK = r"(?m)\[[^\[\]\s]+\]|<[^<>\s]+>|^#+ *\w+|^\w[\w ]*:"  # [INST], <user>, # Input, User:
 
 
 class Chat:
     """The prompt of a text, in the form of a checkpoint's template: instruction, examples, text.
 
-    A text in which a special token's name occurs can't end its turn: the name is encoded as text.
+    A text can't end its turn: a special token's name in it is encoded as text, and a mark that the
+    template writes without special tokens ([/INST], ### Response, Report:) gets a space before its
+    last character. This is no promise that a model won't do what a text asks for.
     """
     PLACE = "\uE000report\uE000"  # stands where the text goes
 
@@ -411,6 +414,12 @@ class Chat:
         if self.text.count(self.PLACE) != 1:
             raise ValueError(f"{file}: the chat template fails "
                              f"({error or 'it drops, repeats or changes a message'})")
+        frame = self.text
+        for _, content in turns:
+            frame = frame.replace(content.strip(), "")
+        names = {token["content"] for token in raw.get("added_tokens", [])}
+        marks = sorted({*re.findall(MARK, frame)} - names, key=len, reverse=True)
+        self.mark = re.compile("|".join(map(re.escape, marks)) or "(?!)", re.IGNORECASE)
         before, after = self.text.split(self.PLACE)
         self.before = self.tokenizer.encode(before, add_special_tokens=False).ids
         self.after = self.tokenizer.encode(after, add_special_tokens=False).ids
@@ -425,7 +434,7 @@ class Chat:
         if room < 16:
             raise ValueError(f"the instruction's {constant} tokens leave none for a text in this "
                              "checkpoint's context; use one with a longer context")
-        texts, prompts = [text.strip() for text in texts], []
+        texts, prompts = [self.mark.sub(spaced, text.strip()) for text in texts], []
         encodings = self.plain.encode_batch(texts, add_special_tokens=False)
         for text, encoding in zip(texts, encodings):
             ids, cut = encoding.ids, len(encoding.ids) > room
@@ -435,6 +444,11 @@ class Chat:
             ids = [i for i in ids if i not in self.special]
             prompts.append((self.before + ids + self.after, cut))
         return prompts
+
+
+def spaced(match):
+    """What was matched, with a space before its last character."""
+    return f"{match[0][:-1]} {match[0][-1]}"
 
 
 def whole_sentences(text):
