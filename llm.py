@@ -275,6 +275,9 @@ class LLM:
             if not prompt or len(prompt) + max_new_tokens > self.config.context:
                 raise ValueError(f"prompt {i} has {len(prompt)} tokens; with {max_new_tokens} new "
                                  f"ones it must fit a context of {self.config.context}")
+            if max(prompt) >= self.config.sizes["vocab"]:
+                raise ValueError(f"{self.directory}/tokenizer.json: gives ids beyond vocab_size in "
+                                 "config.json; fetch the checkpoint again")
         prefix = []
         if share_prefix and len(prompts) > 1:
             prefix = os.path.commonprefix([prompt[:-1] for prompt in prompts])
@@ -319,6 +322,9 @@ class LLM:
         rows = list(range(B))  # those that are still in the batch
         answers, finished, recording = [[] for _ in rows], set(), None
         for step in range(room):
+            if not logits.isfinite().all():
+                raise ValueError(f"{self.directory}: gives logits that are no numbers; its weights "
+                                 f"are damaged, or too large for {self.dtype}")
             tokens = choose(logits, temperature, top_p, draws[rows, step])
             for row, token in zip(rows, tokens.tolist()):
                 if token in self.stops:
@@ -396,6 +402,9 @@ class Chat:
         self.plain = make_tokenizer(raw | {"added_tokens": [], "post_processor": None}, directory)
         self.special = {token["id"] for token in raw.get("added_tokens", [])}
 
+        if not self.plain.encode(system).ids:
+            raise ValueError(f"{directory}/tokenizer.json: has no tokens for the instruction; use "
+                             "another checkpoint")
         turns = [("system", system)]
         for user, assistant in examples:
             turns += [("user", user), ("assistant", assistant)]

@@ -164,7 +164,7 @@ def answers(llm, reports, batch_size=None, max_new_tokens=192, progress=False):
     if llm.config.raw.get("reads") == "sentences":
         ask = partial(ask_sentences, ask)
     yield from tqdm(ask(reports), total=len(reports), unit=" reports", desc="summarize",
-                    disable=not progress)
+                    disable=not progress, delay=1)  # so that an error at once stands alone
 
 
 def ask_each(llm, chat, batch_size, max_new_tokens, texts):

@@ -468,6 +468,36 @@ def edit_weights(edit):
     return change
 
 
+def spoil(name, value, dtype=torch.float32):
+    """A change of one number of a tensor."""
+
+    def edit(weights):
+        weights[name] = weights[name].to(dtype)
+        weights[name].view(-1)[7] = value
+
+    return edit_weights(edit)
+
+
+def edit_tokenizer(**values):
+    def change(directory):
+        file = directory / "tokenizer.json"
+        raw = json.loads(file.read_text())
+        raw["model"] |= values
+        file.write_text(json.dumps(raw))
+
+    return change
+
+
+def add_token(directory):
+    """A token that the weights lack, and whose name the template writes."""
+    file = directory / "tokenizer.json"
+    tokenizer = Tokenizer.from_file(str(file))
+    tokenizer.add_special_tokens([f"<extra{i}>" for i in range(99)])
+    tokenizer.save(str(file))
+    template = directory / "chat_template.jinja"
+    template.write_text(template.read_text() + "<extra98>")
+
+
 def truncate(directory):
     data = (directory / "model.safetensors").read_bytes()
     (directory / "model.safetensors").write_bytes(data[:-1000])
@@ -513,6 +543,14 @@ def truncate(directory):
             lambda directory: (directory / "chat_template.jinja").write_text("{% if %}"),
             "the chat template fails",
         ),
+        (spoil("model.norm.weight", float("nan")), "gives logits that are no numbers"),
+        (spoil("model.layers.1.mlp.up_proj.weight", float("inf")), "gives logits that are no"),
+        (spoil("model.layers.0.self_attn.q_proj.weight", float("nan")), "gives logits that are"),
+        (spoil("lm_head.weight", float("nan")), "gives logits that are no numbers"),
+        (spoil("lm_head.weight", float("-inf")), "gives logits that are no numbers"),
+        (edit_tokenizer(vocab={}, merges=[]), "tokenizer.json: has no tokens"),
+        (edit_tokenizer(vocab={"\u4e2d": 0}, merges=[]), "tokenizer.json: has no tokens"),
+        (add_token, "tokenizer.json: gives ids beyond vocab_size"),
     ],
 )
 def test_a_bad_checkpoint_gets_one_line_that_names_it(change, said, tmp_path, command):
