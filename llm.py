@@ -271,13 +271,12 @@ class LLM:
         Greedy at temperature 0, else nucleus sampling; what is drawn for a prompt depends on (seed,
         index) alone, not on its batch. ValueError if a prompt and its answer exceed the context.
         """
+        vocab, context = self.config.sizes["vocab"], self.config.context
         for i, prompt in enumerate(prompts):
-            if not prompt or len(prompt) + max_new_tokens > self.config.context:
-                raise ValueError(f"prompt {i} has {len(prompt)} tokens; with {max_new_tokens} new "
-                                 f"ones it must fit a context of {self.config.context}")
-            if max(prompt) >= self.config.sizes["vocab"]:
-                raise ValueError(f"{self.directory}/tokenizer.json: gives ids beyond vocab_size in "
-                                 "config.json; fetch the checkpoint again")
+            if not 0 < len(prompt) <= context - max_new_tokens or max(prompt) >= vocab:
+                raise ValueError(
+                    f"{self.directory}: prompt {i} has {len(prompt)} tokens; with {max_new_tokens} "
+                    f"new ones it must fit a context of {context}, and each id be below {vocab}")
         prefix = []
         if share_prefix and len(prompts) > 1:
             prefix = os.path.commonprefix([prompt[:-1] for prompt in prompts])
@@ -400,7 +399,8 @@ class Chat:
         raw = read_json(directory / "tokenizer.json")
         self.tokenizer = make_tokenizer(raw, directory)
         self.plain = make_tokenizer(raw | {"added_tokens": [], "post_processor": None}, directory)
-        self.special = {token["id"] for token in raw.get("added_tokens", [])}
+        names = {token["content"]: token["id"] for token in raw.get("added_tokens", [])}
+        self.special = set(names.values())
 
         if not self.plain.encode(system).ids:
             raise ValueError(f"{directory}/tokenizer.json: has no tokens for the instruction; use "
@@ -423,12 +423,10 @@ class Chat:
         if self.text.count(self.PLACE) != 1:
             raise ValueError(f"{file}: the chat template fails "
                              f"({error or 'it drops, repeats or changes a message'})")
-        frame = self.text
-        for _, content in turns:
-            frame = frame.replace(content.strip(), "")
-        names = {token["content"] for token in raw.get("added_tokens", [])}
-        marks = sorted({*re.findall(MARK, frame)} - names, key=len, reverse=True)
-        self.mark = re.compile("|".join(map(re.escape, marks)) or "(?!)", re.IGNORECASE)
+        # Where the last character of a mark begins.
+        ends = [f"(?<={re.escape(mark[:-1])})(?={re.escape(mark[-1])})"
+                for mark in re.findall(MARK, self.text) if mark not in names]
+        self.marks = re.compile("|".join(ends) or "(?!)", re.IGNORECASE)
         before, after = self.text.split(self.PLACE)
         self.before = self.tokenizer.encode(before, add_special_tokens=False).ids
         self.after = self.tokenizer.encode(after, add_special_tokens=False).ids
@@ -443,7 +441,7 @@ class Chat:
         if room < 16:
             raise ValueError(f"the instruction's {constant} tokens leave none for a text in this "
                              "checkpoint's context; use one with a longer context")
-        texts, prompts = [self.mark.sub(spaced, text.strip()) for text in texts], []
+        texts, prompts = [self.marks.sub(" ", text.strip()) for text in texts], []
         encodings = self.plain.encode_batch(texts, add_special_tokens=False)
         for text, encoding in zip(texts, encodings):
             ids, cut = encoding.ids, len(encoding.ids) > room
@@ -453,11 +451,6 @@ class Chat:
             ids = [i for i in ids if i not in self.special]
             prompts.append((self.before + ids + self.after, cut))
         return prompts
-
-
-def spaced(match):
-    """What was matched, with a space before its last character."""
-    return f"{match[0][:-1]} {match[0][-1]}"
 
 
 def whole_sentences(text):
@@ -596,27 +589,35 @@ down_bias       model.layers.{}.mlp.down_proj.bias                width
 """
 
 
-# What transformers takes where a config.json leaves a key out, and what it takes in any case:
-#                        llama   mistral  qwen2   qwen3
+# Of a config.json's keys: what transformers takes where one is left out, what it takes whatever
+# the file says, and the values that are supported (null is as good as left out).
+#                        llama         mistral       qwen2         qwen3
 LEFT_OUT = """
-max_position_embeddings  2048    131072   32768   32768
-num_key_value_heads      null    8        32      32
-head_dim                 null    null     null    128
-rms_norm_eps             1e-6    1e-6     1e-6    1e-6
-sliding_window           null    4096     4096    4096
-max_window_layers        0       0        28      28
+max_position_embeddings  2048          131072        32768         32768
+num_key_value_heads      null          8             32            32
+head_dim                 null          null          null          128
+rms_norm_eps             1e-6          1e-6          1e-6          1e-6
+rope_theta               1e4           1e4           1e4           1e4
+sliding_window           null          4096          4096          4096
+max_window_layers        0             0             28            28
 """
 ALWAYS = """
-use_sliding_window       false   true     -       -
-max_window_layers        0       0        -       -
-attention_bias           -       false    false   -
-mlp_bias                 -       false    false   false
+use_sliding_window       false         true          -             -
+max_window_layers        0             0             -             -
+attention_bias           -             false         false         -
+mlp_bias                 -             false         false         false
 """
-# Values that are supported; null is as good as left out.
-SWITCHES = "tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window"
-SUPPORTED = dict.fromkeys(SWITCHES, [True, False]) | {
-    "hidden_act": ["silu"], "partial_rotary_factor": [1], "quantization_config": [],
-    "per_layer_config": []}
+SUPPORTED = """
+model_type               ["llama"]     ["mistral"]   ["qwen2"]     ["qwen3"]
+hidden_act               ["silu"]      ["silu"]      ["silu"]      ["silu"]
+partial_rotary_factor    [1]           [1]           [1]           [1]
+quantization_config      []            []            []            []
+per_layer_config         []            []            []            []
+tie_word_embeddings      [true,false]  [true,false]  [true,false]  [true,false]
+use_sliding_window       [true,false]  [true,false]  [true,false]  [true,false]
+attention_bias           [true,false]  [true,false]  [true,false]  [true,false]
+mlp_bias                 [true,false]  [true,false]  [true,false]  [true,false]
+"""
 
 
 class Config:
@@ -634,11 +635,10 @@ class Config:
         if family not in FAMILIES:
             raise ValueError(f"architecture {raw.get('architectures')} is not supported; "
                              f"use one of {', '.join(FAMILIES)}")
-        model_type = family.removesuffix("ForCausalLM").lower()
-        for key, values in (SUPPORTED | {"model_type": [model_type]}).items():
+        for key, values in column(SUPPORTED, family).items():
             if raw.get(key) not in [None, *values]:
                 raise ValueError(f"{key} = {raw[key]!r:.60} is not supported; use a checkpoint "
-                                 f"where it is one of {[None, *values]}")
+                                 f"where it is left out or one of {values}")
         self.raw, raw = raw, column(LEFT_OUT, family) | raw | column(ALWAYS, family)
         width = number(raw, "hidden_size")
         self.layers = number(raw, "num_hidden_layers", most=10_000)
@@ -699,16 +699,16 @@ def column(table, family):
     return {row[0]: json.loads(row[place]) for row in rows if row[place] != "-"}
 
 
-def number(raw, key, default=None, kinds=(int,), least=1, most=10 ** 9):
+def number(raw, key, default=None, kind=int, least=1, most=10 ** 9):
     """A config's number, its default if it's left out or null; ValueError beyond the bounds."""
     value = default if raw.get(key) is None else raw[key]
-    if type(value) not in kinds or not least <= value <= most:
-        raise ValueError(f"{key} is {value!r:.60}, but must be {kinds[-1].__name__} from {least} "
-                         f"to {most}; fetch the checkpoint again")
+    if type(value) not in (int, kind) or not least <= value <= most:
+        raise ValueError(f"{key} is {value!r:.60}, but must be {kind.__name__} from {least} to "
+                         f"{most}; fetch the checkpoint again")
     return value
 
 
-real = partial(number, kinds=(int, float), least=1e-20, most=1e20)
+real = partial(number, kind=float, least=1e-20, most=1e20)
 
 
 def sliding_windows(family, raw):
@@ -719,7 +719,7 @@ def sliding_windows(family, raw):
         window = number(raw, "sliding_window")
     kinds = [sliding if window and i >= first else full for i in range(layers)]
     given = raw.get("layer_types") or kinds
-    mixed = family in (QWEN2, QWEN3) and window and {full, sliding}.issuperset(given)
+    mixed = family != MISTRAL and window and {full, sliding}.issuperset(given)
     if len(given) != layers or given != kinds and not mixed:
         raise ValueError("layer_types is at odds with its other keys; use a checkpoint that "
                          "transformers reads")
@@ -737,10 +737,9 @@ def rope_frequencies(raw, head_dim):
     if not whole or dict in map(type, rope.values()):
         raise ValueError(f"rope scaling {rope!r:.200} is not supported; use a checkpoint that "
                          "rotates whole heads, and in all layers alike")
-    rope = {"rope_theta": raw.get("rope_theta", 10000.0)} | rope
     kind = rope.get("rope_type", rope.get("type", "default"))
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
-    frequencies = real(rope, "rope_theta") ** -exponents
+    frequencies = real(raw | rope, "rope_theta") ** -exponents
     if kind == "default":
         return frequencies
     if kind == "linear":

@@ -170,8 +170,7 @@ def answers(llm, reports, batch_size=None, max_new_tokens=192, progress=False):
 def ask_each(llm, chat, batch_size, max_new_tokens, texts):
     """Yield (index, names or None, answer, cut) of texts, each asked as a whole."""
     prompts = chat.prompts(texts, llm.config.context - max_new_tokens)
-    end = re.split(THOUGHT, chat.text.partition(chat.PLACE)[2])[-1]
-    opened = "".join(re.findall(THINK, end))  # by templates that make a model think, come what may
+    opened = "".join(re.findall(rf"{THINK}\s*$", chat.text))  # some templates begin the reasoning
     todo = list(range(len(texts)))
     for sampling in ({}, {"temperature": 0.7, "top_p": 0.9, "seed": 1}):
         unread, ids = [], [prompts[i][0] for i in todo]
@@ -284,11 +283,9 @@ def read_manifest(path):
                                  "writes one")
             for row in table:
                 rows.append(row)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 ({error}); save it as UTF-8") from None
-    except csv.Error as error:
-        raise ValueError(f"{path}, row {len(rows) + 2}: not CSV ({error}); put a text with "
-                         "quotes or line ends in quotes, its own doubled") from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path}, row {len(rows) + 2}: not UTF-8 or not CSV ({error}); put a text "
+                         "with quotes or line ends in quotes, its own doubled") from None
     for number, row in enumerate(rows, 2):
         if any(row.pop(None, ())) or "\0" in row["report"]:
             raise ValueError(f"{path}, row {number}: has more cells than the header, or a NUL; put "
