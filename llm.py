@@ -414,15 +414,16 @@ class Chat:
         # comes before it, is that of a checkpoint which has its task in its weights.
         (_, first), *rest = turns[1:]
         folded = [("user", f"{system}\n\n{first}"), *rest]
-        file, renderings = render(directory, fallback, [turns, folded, turns[-1:]])
-        (text, _), (folded_text, error), (alone, _) = renderings
+        file, (text, folded_text, alone), error = render(
+            directory, fallback, [turns, folded, turns[-1:]])
         self.text = alone if text == alone else ""
         for form in (folded_text, text):
             if all(content.strip() in form for _, content in turns):
                 self.text = form
         if self.text.count(self.PLACE) != 1:
-            raise ValueError(f"{file}: the chat template fails "
-                             f"({error or 'it drops, repeats or changes a message'})")
+            error = error or ("it drops, repeats or changes a message, or takes over 3 s or "
+                              "512 MiB")
+            raise ValueError(f"{file}: the chat template fails ({error}); use another checkpoint")
         # Where the last character of a mark begins.
         ends = [f"(?<={re.escape(mark[:-1])})(?={re.escape(mark[-1])})"
                 for mark in re.findall(MARK, self.text) if mark not in names]
@@ -513,21 +514,22 @@ def render(file, settings, fallback, turns):
     return text if len(text) < 10 ** 6 else refuse("over a million characters")
 
 
-results = []
 *checkpoint, dialogues = json.load(sys.stdin)
+texts = []
 for turns in dialogues:
     try:
-        results.append((render(*checkpoint, turns), None))
+        texts.append(render(*checkpoint, turns))
     except Exception as error:
-        results.append(("", " ".join(f"{type(error).__name__}: {error}".split())[:200]))
-print(json.dumps(results))
+        texts.append("")
+        print(" ".join(f"{type(error).__name__}: {error}".split())[:200], file=sys.stderr)
+print(json.dumps(texts))
 """
 
 
 def render(directory, fallback, dialogues):
     """A checkpoint's chat template on dialogues, each a list of turns (role, content).
 
-    Returns the template's file, and for each dialogue its text and what is wrong.
+    Returns the template's file, the texts ("" where it fails) and the last error, if any.
     """
     file = directory / "tokenizer_config.json"
     settings = read_json(file)
@@ -536,18 +538,16 @@ def render(directory, fallback, dialogues):
     task = json.dumps((str(file), settings, fallback, dialogues))
     child = subprocess.run([sys.executable, "-c", RENDER], input=task, capture_output=True,
                            text=True)
-    if child.returncode:
-        error = child.stderr.strip().rpartition("\n")[2] or "it takes over 3 s or 512 MiB"
-        return file, [("", error)] * len(dialogues)
-    return file, json.loads(child.stdout)
+    texts = json.loads(child.stdout) if child.stdout else [""] * len(dialogues)
+    return file, texts, child.stderr.strip().rpartition("\n")[2]
 
 
 def make_tokenizer(raw, directory):
     """The tokenizer of a tokenizer.json's content, which neither truncates nor pads."""
-    for token in raw.get("added_tokens", []):
-        if "think" in token["content"].lower():  # where reasoning ends is said in a decoded text
-            token["special"] = False
     try:
+        for token in raw.get("added_tokens", []):
+            if "think" in token["content"].lower():  # a decoded text says where reasoning ends
+                token["special"] = False
         tokenizer = Tokenizer.from_str(json.dumps(raw))
     except Exception as error:  # tokenizers raises nothing more special
         raise ValueError(f"{directory}/tokenizer.json: not a tokenizer ({error})") from None
@@ -798,7 +798,11 @@ class Weights:
     def __getitem__(self, name):
         # The file is opened anew each time, so that its pages go when the tensor goes.
         with safe_open(self.file[name], "pt") as tensors:
-            return tensors.get_tensor(name)
+            tensor = tensors.get_tensor(name)
+        if not tensor.is_floating_point():
+            raise ValueError(f"{self.file[name]}: tensor {name} holds {tensor.dtype}; use an "
+                             "unquantized checkpoint")
+        return tensor
 
 
 def tensor_shapes(file):

@@ -345,7 +345,7 @@ def merge(out, rank=0):
     wait()
     if rank == 0:
         parts, known = sorted(out.parent.glob(f"{out.name}.part*")), set()
-        for file in filter(Path.exists, (out, *parts)):
+        for file in (out, *parts):
             content = file.read_bytes()
             if not content.endswith(b"\n"):
                 os.truncate(file, content.rfind(b"\n") + 1)
@@ -355,7 +355,7 @@ def merge(out, rank=0):
                 file.unlink()
             known.update(records)
     wait()
-    return read_records(out) if out.exists() else {}
+    return read_records(out)
 
 
 def wait():
@@ -458,10 +458,8 @@ def main():
     add("--device")
     a = parser.parse_args()
     settings = a.batch, a.device, a.max_new_tokens
-    for name in ("batch", "max_new_tokens", "dry_run"):
-        value = vars(a)[name]
-        if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
+    if any(count is not None and count < 1 for count in (a.batch, a.max_new_tokens, a.dry_run)):
+        raise ValueError("--batch, --max-new-tokens and --dry-run must be at least 1")
     if a.dry_run:
         return dry_run(a.checkpoint, a.manifest, a.dry_run, *settings)
     result = run(a.checkpoint, a.manifest, a.out, *settings)

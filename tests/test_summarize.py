@@ -451,7 +451,7 @@ def test_a_setting_out_of_its_bounds_is_one_line_before_anything_is_written(
         tmp_path / "s.jsonl",
         f"--{option}={value}",
     )
-    assert status == 2 and error.count("\n") == 1 and f"{option}" in error and str(value) in error
+    assert status == 2 and error.count("\n") == 1 and option in error
     assert not output and not (tmp_path / "s.jsonl").exists()
 
 
@@ -548,6 +548,7 @@ def truncate(directory):
         (spoil("model.layers.0.self_attn.q_proj.weight", float("nan")), "gives logits that are"),
         (spoil("lm_head.weight", float("nan")), "gives logits that are no numbers"),
         (spoil("lm_head.weight", float("-inf")), "gives logits that are no numbers"),
+        (spoil("lm_head.weight", 1, torch.int8), "lm_head.weight holds torch.int8"),
         (edit_tokenizer(vocab={}, merges=[]), "tokenizer.json: has no tokens"),
         (edit_tokenizer(vocab={"\u4e2d": 0}, merges=[]), "tokenizer.json: has no tokens"),
         (add_token, "each id be below 320"),
