@@ -35,13 +35,13 @@ import json
 import math
 import os
 import re
-from functools import cached_property
+import subprocess
+import sys
+from functools import cached_property, partial
 from pathlib import Path
 
-import jinja2
 import torch
 import torch.nn.functional as F
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 
@@ -201,8 +201,7 @@ class LLM:
 
         Raises ValueError or OSError, which name the file and what is wrong with it.
         """
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        path = Path(directory) / "config.json"
+        device, path = find_device(device), Path(directory) / "config.json"
         config = Config(read_json(path), path)
         weights = Weights(path.parent, config.shapes())
         if dtype is None:
@@ -230,9 +229,11 @@ class LLM:
         path = self.directory / "generation_config.json"
         settings = self.config.raw | (read_json(path) if path.exists() else {})
         stops = settings.get("eos_token_id")
-        if isinstance(stops, int):
-            stops = [stops]
-        return set(stops or ())
+        if not isinstance(stops, list):
+            stops = [] if stops is None else [stops]
+        if not {int}.issuperset(map(type, stops)):
+            raise ValueError(f"{path}: eos_token_id is {stops}, not ids; fetch it again")
+        return set(stops)
 
     def hidden(self, ids, layout=None, cache=None):
         """Final hidden states (B, T, width) of ids (B, T); a cache is read and written."""
@@ -270,10 +271,12 @@ class LLM:
         Greedy at temperature 0, else nucleus sampling; what is drawn for a prompt depends on (seed,
         index) alone, not on its batch. ValueError if a prompt and its answer exceed the context.
         """
+        vocab, context = self.config.sizes["vocab"], self.config.context
         for i, prompt in enumerate(prompts):
-            if not prompt or len(prompt) + max_new_tokens > self.config.context:
-                raise ValueError(f"prompt {i} has {len(prompt)} tokens; with {max_new_tokens} new "
-                                 f"ones it must fit a context of {self.config.context}")
+            if not 0 < len(prompt) <= context - max_new_tokens or max(prompt) >= vocab:
+                raise ValueError(
+                    f"{self.directory}: prompt {i} has {len(prompt)} tokens; with {max_new_tokens} "
+                    f"new ones it must fit a context of {context}, and each id be below {vocab}")
         prefix = []
         if share_prefix and len(prompts) > 1:
             prefix = os.path.commonprefix([prompt[:-1] for prompt in prompts])
@@ -318,6 +321,9 @@ class LLM:
         rows = list(range(B))  # those that are still in the batch
         answers, finished, recording = [[] for _ in rows], set(), None
         for step in range(room):
+            if not logits.isfinite().all():
+                raise ValueError(f"{self.directory}: gives logits that are no numbers; its weights "
+                                 f"are damaged, or too large for {self.dtype}")
             tokens = choose(logits, temperature, top_p, draws[rows, step])
             for row, token in zip(rows, tokens.tolist()):
                 if token in self.stops:
@@ -342,6 +348,19 @@ class LLM:
         return answers
 
 
+def find_device(name=None):
+    """The torch.device of a name, by default this process's GPU, else the CPU; or ValueError."""
+    if name is None:
+        gpu = torch.cuda.is_available()
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if gpu else "cpu"
+    try:
+        torch.zeros(1, device=name).item()
+    except Exception:  # each kind of device has its own
+        raise ValueError(f"device {name} can't be used; give cpu, or cuda where there is one"
+                         ) from None
+    return torch.device(name)
+
+
 def choose(logits, temperature, top_p, draws):
     """The next token of each row (B,) from logits (B, vocab): the likeliest if temperature is 0.
 
@@ -362,12 +381,15 @@ def choose(logits, temperature, top_p, draws):
 PLAIN_TEMPLATE = """{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}
 
 {% endfor %}assistant:"""
+MARK = r"(?m)\[[^\[\]\s]+\]|<[^<>\s]+>|^#+ *\w+|^\w[\w ]*:"  # [INST], <user>, # Input, User:
 
 
 class Chat:
     """The prompt of a text, in the form of a checkpoint's template: instruction, examples, text.
 
-    A text in which a special token's name occurs can't end its turn: the name is encoded as text.
+    A text can't end its turn: a special token's name in it is encoded as text, and a mark that the
+    template writes without special tokens ([/INST], ### Response, Report:) gets a space before its
+    last character. This is no promise that a model won't do what a text asks for.
     """
     PLACE = "\uE000report\uE000"  # stands where the text goes
 
@@ -375,24 +397,37 @@ class Chat:
         """system: str; examples: pairs (user, assistant); fallback: a template if it has none."""
         directory = Path(directory)
         raw = read_json(directory / "tokenizer.json")
-        template, tokens = read_template(directory, fallback)
         self.tokenizer = make_tokenizer(raw, directory)
         self.plain = make_tokenizer(raw | {"added_tokens": [], "post_processor": None}, directory)
-        self.special = {token["id"] for token in raw.get("added_tokens", [])}
+        names = {token["content"]: token["id"] for token in raw.get("added_tokens", [])}
+        self.special = set(names.values())
 
+        if not self.plain.encode(system).ids:
+            raise ValueError(f"{directory}/tokenizer.json: has no tokens for the instruction; use "
+                             "another checkpoint")
         turns = [("system", system)]
         for user, assistant in examples:
             turns += [("user", user), ("assistant", assistant)]
         turns.append(("user", self.PLACE))
-        try:
-            self.text = render(template, turns, tokens)
-        except jinja2.TemplateError:  # it may have no system role
-            (_, first), *rest = turns[1:]
-            turns = [("user", f"{system}\n\n{first}"), *rest]
-            try:
-                self.text = render(template, turns, tokens)
-            except jinja2.TemplateError as error:
-                raise ValueError(f"{directory}: the chat template fails ({error})") from None
+        # A template without a system's turn refuses it or drops it in silence, so that the
+        # instruction opens the first message; one that shows the last message alone, whatever
+        # comes before it, is that of a checkpoint which has its task in its weights.
+        (_, first), *rest = turns[1:]
+        folded = [("user", f"{system}\n\n{first}"), *rest]
+        file, (text, folded_text, alone), error = render(
+            directory, fallback, [turns, folded, turns[-1:]])
+        self.text = alone if text == alone else ""
+        for form in (folded_text, text):
+            if all(content.strip() in form for _, content in turns):
+                self.text = form
+        if self.text.count(self.PLACE) != 1:
+            error = error or ("it drops, repeats or changes a message, or takes over 3 s or "
+                              "512 MiB")
+            raise ValueError(f"{file}: the chat template fails ({error}); use another checkpoint")
+        # Where the last character of a mark begins.
+        ends = [f"(?<={re.escape(mark[:-1])})(?={re.escape(mark[-1])})"
+                for mark in re.findall(MARK, self.text) if mark not in names]
+        self.marks = re.compile("|".join(ends) or "(?!)", re.IGNORECASE)
         before, after = self.text.split(self.PLACE)
         self.before = self.tokenizer.encode(before, add_special_tokens=False).ids
         self.after = self.tokenizer.encode(after, add_special_tokens=False).ids
@@ -407,7 +442,7 @@ class Chat:
         if room < 16:
             raise ValueError(f"the instruction's {constant} tokens leave none for a text in this "
                              "checkpoint's context; use one with a longer context")
-        texts, prompts = [text.strip() for text in texts], []
+        texts, prompts = [self.marks.sub(" ", text.strip()) for text in texts], []
         encodings = self.plain.encode_batch(texts, add_special_tokens=False)
         for text, encoding in zip(texts, encodings):
             ids, cut = encoding.ids, len(encoding.ids) > room
@@ -426,42 +461,93 @@ def whole_sentences(text):
     return text[:ends[-1]] if ends else text
 
 
-def render(template, turns, tokens):
-    """A chat template's text for turns (role, content) and an answer that is to come."""
-    def refuse(reason):
-        raise jinja2.TemplateError(reason)
+# What renders a checkpoint's template. A template is a program, too, from whoever made the
+# checkpoint: it gets a process of its own, so that it can't take more time or memory than this.
+RENDER = """
+import json, resource, sys
+from datetime import datetime
+from functools import partial
+from pathlib import Path
 
-    def to_json(value, **options):
-        return json.dumps(value, ensure_ascii=False, **options)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-    environment.globals["raise_exception"] = refuse  # but no clock: a prompt is the same any day
-    environment.filters["tojson"] = to_json
-    messages = [{"role": role, "content": content} for role, content in turns]
-    return environment.from_string(template).render(
-        tokens, messages=messages, add_generation_prompt=True, enable_thinking=False)
+resource.setrlimit(resource.RLIMIT_CPU, (3, 3))  # seconds
+resource.setrlimit(resource.RLIMIT_AS, (2 ** 29, 2 ** 29))  # bytes
+import jinja2.ext
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 
-def read_template(directory, fallback):
-    """A checkpoint's chat template, and its special tokens by the names that templates use."""
-    settings = read_json(directory / "tokenizer_config.json")
-    file = directory / "chat_template.jinja"
+class Generation(jinja2.ext.Extension):  # marks the assistant's words for training, changes none
+    tags = {"generation"}
+
+    def parse(self, parser):
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
+        return jinja2.nodes.Scope(body, lineno=line)
+
+
+def refuse(reason):
+    raise jinja2.TemplateError(reason)
+
+
+def render(file, settings, fallback, turns):
     template = settings.get("chat_template") or fallback
     if isinstance(template, list):  # several, each with a name
-        template = {entry["name"]: entry["template"] for entry in template}["default"]
-    if file.exists():
-        template = file.read_text("utf-8")
-    tokens = {"bos_token": "", "eos_token": ""}
+        template = {entry["name"]: entry["template"] for entry in template}
+    if isinstance(template, dict):
+        template = template["default"]
+    if file.endswith(".jinja"):
+        template = Path(file).read_text("utf-8")
+    tokens = {"bos_token": "", "eos_token": ""}  # special tokens by the names that templates use
     for name, value in settings.items():
         if name.endswith("_token"):
             tokens[name] = value["content"] if isinstance(value, dict) else value or ""
-    return template, tokens
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation])
+    environment.globals["raise_exception"] = refuse
+    # A prompt is the same on any day: the day is Llama 3's own where a template has no clock.
+    environment.globals["strftime_now"] = datetime(2024, 7, 26).strftime
+    environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
+    messages = [{"role": role, "content": content} for role, content in turns]
+    text = environment.from_string(template).render(
+        tokens, messages=messages, tools=None, documents=None, add_generation_prompt=True,
+        enable_thinking=False)
+    return text if len(text) < 10 ** 6 else refuse("over a million characters")
+
+
+*checkpoint, dialogues = json.load(sys.stdin)
+texts = []
+for turns in dialogues:
+    try:
+        texts.append(render(*checkpoint, turns))
+    except Exception as error:
+        texts.append("")
+        print(" ".join(f"{type(error).__name__}: {error}".split())[:200], file=sys.stderr)
+print(json.dumps(texts))
+"""
+
+
+def render(directory, fallback, dialogues):
+    """A checkpoint's chat template on dialogues, each a list of turns (role, content).
+
+    Returns the template's file, the texts ("" where it fails) and the last error, if any.
+    """
+    file = directory / "tokenizer_config.json"
+    settings = read_json(file)
+    if (directory / "chat_template.jinja").exists():
+        file = directory / "chat_template.jinja"
+    task = json.dumps((str(file), settings, fallback, dialogues))
+    child = subprocess.run([sys.executable, "-c", RENDER], input=task, capture_output=True,
+                           text=True)
+    texts = json.loads(child.stdout) if child.stdout else [""] * len(dialogues)
+    return file, texts, child.stderr.strip().rpartition("\n")[2]
 
 
 def make_tokenizer(raw, directory):
     """The tokenizer of a tokenizer.json's content, which neither truncates nor pads."""
     try:
+        for token in raw.get("added_tokens", []):
+            if "think" in token["content"].lower():  # a decoded text says where reasoning ends
+                token["special"] = False
         tokenizer = Tokenizer.from_str(json.dumps(raw))
     except Exception as error:  # tokenizers raises nothing more special
         raise ValueError(f"{directory}/tokenizer.json: not a tokenizer ({error})") from None
@@ -471,8 +557,8 @@ def make_tokenizer(raw, directory):
 
 
 # ---- the checkpoint's files ----------------------------------------------------------------------
-LLAMA, MISTRAL = "LlamaForCausalLM", "MistralForCausalLM"
-QWEN2, QWEN3 = "Qwen2ForCausalLM", "Qwen3ForCausalLM"
+FAMILIES = LLAMA, MISTRAL, QWEN2, QWEN3 = (
+    "LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 
 
 # Weight, its name in the checkpoint (or names: they are joined), its rows and columns.
@@ -503,48 +589,81 @@ down_bias       model.layers.{}.mlp.down_proj.bias                width
 """
 
 
+# Of a config.json's keys: what transformers takes where one is left out, what it takes whatever
+# the file says, and the values that are supported (null is as good as left out).
+#                        llama         mistral       qwen2         qwen3
+LEFT_OUT = """
+max_position_embeddings  2048          131072        32768         32768
+num_key_value_heads      null          8             32            32
+head_dim                 null          null          null          128
+rms_norm_eps             1e-6          1e-6          1e-6          1e-6
+rope_theta               1e4           1e4           1e4           1e4
+sliding_window           null          4096          4096          4096
+max_window_layers        0             0             28            28
+"""
+ALWAYS = """
+use_sliding_window       false         true          -             -
+max_window_layers        0             0             -             -
+attention_bias           -             false         false         -
+mlp_bias                 -             false         false         false
+"""
+SUPPORTED = """
+model_type               ["llama"]     ["mistral"]   ["qwen2"]     ["qwen3"]
+hidden_act               ["silu"]      ["silu"]      ["silu"]      ["silu"]
+partial_rotary_factor    [1]           [1]           [1]           [1]
+quantization_config      []            []            []            []
+per_layer_config         []            []            []            []
+tie_word_embeddings      [true,false]  [true,false]  [true,false]  [true,false]
+use_sliding_window       [true,false]  [true,false]  [true,false]  [true,false]
+attention_bias           [true,false]  [true,false]  [true,false]  [true,false]
+mlp_bias                 [true,false]  [true,false]  [true,false]  [true,false]
+"""
+
+
 class Config:
     """What a decoder needs to know of its config.json."""
 
     def __init__(self, raw, name="config.json"):
         """raw: Hugging Face's dict; ValueError on what isn't supported, `name` being its file."""
-        family = (raw.get("architectures") or [None])[0]
-        if family not in (LLAMA, MISTRAL, QWEN2, QWEN3):
-            raise ValueError(f"{name}: architecture {raw.get('architectures')} is not supported; "
-                             f"use one of {LLAMA}, {MISTRAL}, {QWEN2}, {QWEN3}")
-        for key, only in (("hidden_act", "silu"), ("quantization_config", None)):
-            if raw.get(key, only) != only:
-                raise ValueError(f"{name}: {key} = {raw[key]!r} is not supported; "
-                                 f"use an unquantized checkpoint with {key} = {only!r}")
         try:
-            self._read(family, raw, name)
-        except KeyError as error:
-            raise ValueError(f"{name}: key {error} is missing; fetch the checkpoint again"
-                             ) from None
+            self._read(raw)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{name}: {error}") from None
 
-    def _read(self, family, raw, name):
-        self.raw = raw
-        self.layers = raw["num_hidden_layers"]
-        self.heads = raw["num_attention_heads"]
-        self.kv_heads = raw.get("num_key_value_heads") or self.heads
-        self.head_dim = raw.get("head_dim") or raw["hidden_size"] // self.heads
-        self.eps = raw.get("rms_norm_eps", 1e-6)
-        self.context = raw.get("max_position_embeddings", 2048)
+    def _read(self, raw):
+        family = (raw.get("architectures") or [None])[0]
+        if family not in FAMILIES:
+            raise ValueError(f"architecture {raw.get('architectures')} is not supported; "
+                             f"use one of {', '.join(FAMILIES)}")
+        for key, values in column(SUPPORTED, family).items():
+            if raw.get(key) not in [None, *values]:
+                raise ValueError(f"{key} = {raw[key]!r:.60} is not supported; use a checkpoint "
+                                 f"where it is left out or one of {values}")
+        self.raw, raw = raw, column(LEFT_OUT, family) | raw | column(ALWAYS, family)
+        width = number(raw, "hidden_size")
+        self.layers = number(raw, "num_hidden_layers", most=10_000)
+        self.heads = number(raw, "num_attention_heads")
+        self.kv_heads = number(raw, "num_key_value_heads", self.heads)
+        self.head_dim = number(raw, "head_dim", width // self.heads, most=10_000)
+        if self.heads % self.kv_heads or self.head_dim % 2:
+            raise ValueError(f"{self.heads} heads of size {self.head_dim} share {self.kv_heads} "
+                             "keys; heads must be a multiple of the keys, their size even")
+        self.eps = real(raw, "rms_norm_eps")
+        self.context = number(raw, "max_position_embeddings")
         self.windows = sliding_windows(family, raw)  # tokens that a layer looks back, or None: all
-        self.frequencies = rope_frequencies(raw, self.head_dim, name)  # (D / 2,)
+        self.frequencies = rope_frequencies(raw, self.head_dim)  # (D / 2,)
         self.sizes = {
-            "vocab": raw["vocab_size"],
-            "width": raw["hidden_size"],
-            "mlp": raw["intermediate_size"],
+            "vocab": number(raw, "vocab_size"),
+            "width": width,
+            "mlp": number(raw, "intermediate_size"),
             "queries": self.heads * self.head_dim,
             "keys": self.kv_heads * self.head_dim,
             "head_dim": self.head_dim}
-        bias = raw.get("attention_bias")
-        mlp_bias = family == LLAMA and raw.get("mlp_bias")
+        bias, mlp_bias = raw.get("attention_bias"), raw.get("mlp_bias")
         self.optional = {
             "head": not raw.get("tie_word_embeddings"),
             "qkv_bias": bias or family == QWEN2,
-            "out_bias": bias and family in (LLAMA, QWEN3),
+            "out_bias": bias,
             "gate_up_bias": mlp_bias,
             "down_bias": mlp_bias,
             "qk_norm": family == QWEN3}
@@ -574,37 +693,66 @@ class Config:
         return shapes
 
 
+def column(table, family):
+    """A family's values in one of the tables above."""
+    rows, place = map(str.split, table.strip().splitlines()), 1 + FAMILIES.index(family)
+    return {row[0]: json.loads(row[place]) for row in rows if row[place] != "-"}
+
+
+def number(raw, key, default=None, kind=int, least=1, most=10 ** 9):
+    """A config's number, its default if it's left out or null; ValueError beyond the bounds."""
+    value = default if raw.get(key) is None else raw[key]
+    if type(value) not in (int, kind) or not least <= value <= most:
+        raise ValueError(f"{key} is {value!r:.60}, but must be {kind.__name__} from {least} to "
+                         f"{most}; fetch the checkpoint again")
+    return value
+
+
+real = partial(number, kind=float, least=1e-20, most=1e20)
+
+
 def sliding_windows(family, raw):
     """How many tokens back each layer sees, None for all."""
-    layers = raw["num_hidden_layers"]
-    slides = family == MISTRAL or family != LLAMA and raw.get("use_sliding_window")
-    if not slides:
-        return [None] * layers
-    first = 0 if family == MISTRAL else raw.get("max_window_layers", 0)
-    kinds = ["full_attention"] * first + ["sliding_attention"] * (layers - first)
-    kinds = raw.get("layer_types") or kinds
-    window = raw.get("sliding_window")
-    return [window if kind == "sliding_attention" else None for kind in kinds[:layers]]
+    layers, first = raw["num_hidden_layers"], number(raw, "max_window_layers", least=0)
+    window, full, sliding = None, "full_attention", "sliding_attention"
+    if raw.get("use_sliding_window") and raw["sliding_window"] is not None:
+        window = number(raw, "sliding_window")
+    kinds = [sliding if window and i >= first else full for i in range(layers)]
+    given = raw.get("layer_types") or kinds
+    mixed = family != MISTRAL and window and {full, sliding}.issuperset(given)
+    if len(given) != layers or given != kinds and not mixed:
+        raise ValueError("layer_types is at odds with its other keys; use a checkpoint that "
+                         "transformers reads")
+    return [window if kind == sliding else None for kind in given]
 
 
-def rope_frequencies(raw, head_dim, name):
-    """The rotary embedding's frequencies (D / 2,): plain, or scaled as linear or as Llama 3."""
-    scaling = raw.get("rope_scaling") or {}
-    rope = raw.get("rope_parameters") or scaling | {"rope_theta": raw.get("rope_theta", 10000.0)}
+def rope_frequencies(raw, head_dim):
+    """The rotary embedding's frequencies (D / 2,): plain, or scaled as linear or as Llama 3.
+
+    As in transformers, `rope_scaling` replaces `rope_parameters`, and `rope_theta` in either goes
+    before the one beside it.
+    """
+    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+    whole = isinstance(rope, dict) and rope.get("partial_rotary_factor") in (None, 1)
+    if not whole or dict in map(type, rope.values()):
+        raise ValueError(f"rope scaling {rope!r:.200} is not supported; use a checkpoint that "
+                         "rotates whole heads, and in all layers alike")
     kind = rope.get("rope_type", rope.get("type", "default"))
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
-    frequencies = rope.get("rope_theta", 10000.0) ** -exponents
+    frequencies = real(raw | rope, "rope_theta") ** -exponents
     if kind == "default":
         return frequencies
     if kind == "linear":
-        return frequencies / rope["factor"]
+        return frequencies / real(rope, "factor")
     if kind == "llama3":  # slow turns are scaled, fast ones are not, those between are mixed
-        turns = rope["original_max_position_embeddings"] * frequencies / (2 * math.pi)
-        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+        context = raw["max_position_embeddings"]
+        context = number(rope | raw, "original_max_position_embeddings", context)
+        turns = context * frequencies / (2 * math.pi)
+        low = real(rope, "low_freq_factor")
+        high = real(rope, "high_freq_factor", least=low)
         fast = ((turns - low) / (high - low)).clamp(0, 1)
-        return torch.lerp(frequencies / rope["factor"], frequencies, fast)
-    raise ValueError(f"{name}: rope scaling {kind!r} is not supported; "
-                     "default, linear and llama3 are")
+        return torch.lerp(frequencies / real(rope, "factor"), frequencies, fast)
+    raise ValueError(f"rope scaling {kind!r} is not supported; default, linear and llama3 are")
 
 
 class Weights:
@@ -617,9 +765,15 @@ class Weights:
         files = ["model.safetensors"]
         index = directory / "model.safetensors.index.json"
         if index.exists():
-            files = sorted(set(read_json(index)["weight_map"].values()))
+            shards = read_json(index).get("weight_map")
+            if not isinstance(shards, dict):
+                raise ValueError(f"{index}: has no weight_map; fetch it again")
+            files = sorted(set(map(str, shards.values())))
         self.file, present = {}, {}
         for file in files:
+            if os.path.basename(file) != file:
+                raise ValueError(f"{index}: names {file!r}, which is outside its folder; fetch the "
+                                 "checkpoint again")
             tensors = tensor_shapes(directory / file)
             present |= tensors
             self.file |= dict.fromkeys(tensors, directory / file)
@@ -631,20 +785,29 @@ class Weights:
                 raise ValueError(f"{self.file[name]}: tensor {name} has shape {present[name]}, "
                                  f"but config.json says {shape}")
         for name in present.keys() - shapes.keys():
-            # Old checkpoints hold the rotary frequencies, some tied ones a head.
-            if not name.endswith("rotary_emb.inv_freq") and name != "lm_head.weight":
+            # Old checkpoints hold the rotary frequencies, some tied ones the embedding as a head.
+            if name == "lm_head.weight":
+                head, embedding = self[name].float(), self["model.embed_tokens.weight"].float()
+                if not torch.equal(head, embedding):
+                    raise ValueError(f"{self.file[name]}: {name} isn't the embedding, but "
+                                     "config.json ties them; set tie_word_embeddings to false")
+            elif not name.endswith("rotary_emb.inv_freq"):
                 raise ValueError(f"{self.file[name]}: tensor {name} has no place in this "
                                  "architecture; check config.json")
 
     def __getitem__(self, name):
         # The file is opened anew each time, so that its pages go when the tensor goes.
         with safe_open(self.file[name], "pt") as tensors:
-            return tensors.get_tensor(name)
+            tensor = tensors.get_tensor(name)
+        if not tensor.is_floating_point():
+            raise ValueError(f"{self.file[name]}: tensor {name} holds {tensor.dtype}; use an "
+                             "unquantized checkpoint")
+        return tensor
 
 
 def tensor_shapes(file):
     """Name -> shape of every tensor in a safetensors file."""
-    if not file.exists():
+    if not file.is_file():
         raise ValueError(f"{file}: no such file; fetch the whole checkpoint "
                          "(weights must be safetensors)")
     try:
@@ -655,14 +818,17 @@ def tensor_shapes(file):
 
 
 def read_json(path):
-    """A JSON file's content; ValueError names the file."""
+    """A JSON file's object; ValueError names the file."""
     try:
-        return json.loads(Path(path).read_text("utf-8"))
+        content = json.loads(Path(path).read_text("utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file; give the directory of a Hugging Face checkpoint"
                          ) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: holds no JSON object; fetch it again")
+    return content
 
 
 def write_atomically(path, content):

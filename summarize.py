@@ -11,6 +11,7 @@ DIR is a Hugging Face checkpoint that llm.py reads, on the user's own disk: no r
 """
 import argparse
 import csv
+import fcntl
 import hashlib
 import json
 import os
@@ -19,6 +20,7 @@ import sys
 import time
 import tomllib
 from collections import Counter
+from contextlib import nullcontext
 from functools import lru_cache, partial
 from itertools import chain
 from pathlib import Path
@@ -26,7 +28,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from llm import LLM, Chat, write_atomically
+from llm import LLM, Chat, find_device
 
 SMALL_CHECKPOINT = Path(__file__).parent / "checkpoints/summarizer"
 
@@ -87,6 +89,7 @@ for _name, _synonyms in BENCHMARK_NAMES.items():
 NOTHING = set(map(key, (
     "", "none", "no abnormality", "there is no abnormality", "no abnormalities", "none affirmed",
     "no finding", "no acute abnormality", "normal")))
+THINK, THOUGHT = r"(?i)[<\[]think\w*[>\]]", r"(?i)[<\[]/think\w*[>\]]"
 ITEM_END = r"""(?x)
     [;,\n]               # names stand between semicolons, commas or line ends,
     | (?<=\w)\.(?:\s|$)  # or each in a sentence of its own
@@ -98,14 +101,15 @@ def parse(answer, report, whole=True):
 
     Preferred names replace their synonyms. Any other name must consist of words of the report, so
     that prose and inventions drop out. whole=False: the answer was cut off, so that a last name
-    which isn't a preferred one is left out.
+    which isn't a preferred one is left out; where it holds prose, it is reasoning and no answer.
     """
-    answer = re.sub(r"(?s)<think>.*?(</think>|$)", "", answer)  # reasoning, closed or not
+    answer = re.split(THOUGHT, answer)[-1]  # what follows the reasoning, if that came to an end
+    answer = re.split(THINK, answer)[0]
     answer = re.split(r"\n\s*Report:", answer)[0]  # some go on with a report of their own
-    words = set(re.findall(r"[^\W_]+", report.casefold()))
-    words |= {re.sub("s$", "", word) for word in words}
+    text = report.casefold()
+    words = set(re.findall(r"[^\W_]+", text + " " + re.sub(r"s\b", "", text)))
     items = [item for item in re.split(ITEM_END, answer) if item.strip()]
-    names, says_none = {}, False
+    names, says_none, prose = {}, False, False
     for place, item in enumerate(items, 1):
         item = bare(item)
         form = key(item)
@@ -119,7 +123,9 @@ def parse(answer, report, whole=True):
             names[key(PREFERRED[form])] = PREFERRED[form]
         elif not cut and len(form.split()) <= 5 and words.issuperset(form.split()):
             names[form] = item[0].upper() + item[1:].lower()
-    if not names and not says_none:
+        else:
+            prose |= not cut
+    if prose and not whole or not names and not says_none:
         return None
     return list(names.values())
 
@@ -158,18 +164,19 @@ def answers(llm, reports, batch_size=None, max_new_tokens=192, progress=False):
     if llm.config.raw.get("reads") == "sentences":
         ask = partial(ask_sentences, ask)
     yield from tqdm(ask(reports), total=len(reports), unit=" reports", desc="summarize",
-                    disable=not progress)
+                    disable=not progress, delay=1)  # so that an error at once stands alone
 
 
 def ask_each(llm, chat, batch_size, max_new_tokens, texts):
     """Yield (index, names or None, answer, cut) of texts, each asked as a whole."""
     prompts = chat.prompts(texts, llm.config.context - max_new_tokens)
+    opened = "".join(re.findall(rf"{THINK}\s*$", chat.text))  # some templates begin the reasoning
     todo = list(range(len(texts)))
     for sampling in ({}, {"temperature": 0.7, "top_p": 0.9, "seed": 1}):
         unread, ids = [], [prompts[i][0] for i in todo]
         for place, new in llm.generate_ids(ids, max_new_tokens, batch_size=batch_size, **sampling):
             i, answer = todo[place], chat.tokenizer.decode(new)
-            names = parse(answer, texts[i], whole=len(new) < max_new_tokens)
+            names = parse(opened + answer, texts[i], whole=len(new) < max_new_tokens)
             if names is None and not sampling:
                 unread.append(i)
             else:
@@ -214,29 +221,33 @@ def run(checkpoint, manifest_path, out_path, batch_size=None, device=None, max_n
     a part file; rank 0 joins them. Raises ValueError or OSError, naming the file, for bad input and
     a full disk.
     """
-    rank, world = ranks()
+    (rank, world), device = ranks(), find_device(device)
     start, out, rows = time.time(), Path(out_path), read_manifest(manifest_path)
     reports = {sha256(row["report"]): row["report"] for row in rows if row["report"].strip()}
     prompt = sha256(report_chat(checkpoint).text)
     stamp = {"model": Path(checkpoint).resolve().name, "prompt_sha256": prompt}
-    done = merge(out, rank)
-    for record in done.values():
+    with locked(out) if rank == 0 else nullcontext():
+        done = merge(out, rank)
+        check_origin(out, done, stamp)
+        todo = [sha for sha in reports if sha not in done]
+        todo = sorted(todo, key=lambda sha: len(reports[sha]))[rank::world]
+        if todo:
+            llm, texts = LLM.from_pretrained(checkpoint, device), [reports[sha] for sha in todo]
+            results = answers(llm, texts, batch_size, max_new_tokens, progress and rank == 0)
+            part = out if world == 1 else Path(f"{out}.part{rank}")
+            append(part, (as_record(todo[i], stamp, *result) for i, *result in results))
+        records = merge(out, rank)
+
+    records = {sha: records[sha] for sha in reports if sha in records}
+    return outcome(rows, records) | {"written": len(todo), "seconds": time.time() - start}
+
+
+def check_origin(out, records, stamp):
+    """ValueError if a record is by another model or prompt than the stamp says."""
+    for record in records.values():
         if not stamp.items() <= record.items():  # another value somewhere
             raise ValueError(f"{out}: holds summaries by model {record.get('model')!r} or another "
                              "prompt; give another --out, or delete it")
-
-    todo = [sha for sha in reports if sha not in done]
-    todo = sorted(todo, key=lambda sha: len(reports[sha]))[rank::world]
-    if todo:
-        if device is None and torch.cuda.is_available():
-            device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-        llm, texts = LLM.from_pretrained(checkpoint, device), [reports[sha] for sha in todo]
-        results = answers(llm, texts, batch_size, max_new_tokens, progress and rank == 0)
-        write_records(out if world == 1 else Path(f"{out}.part{rank}"), todo, results, stamp)
-
-    records = merge(out, rank)
-    records = {sha: records[sha] for sha in reports if sha in records}
-    return outcome(rows, records) | {"written": len(todo), "seconds": time.time() - start}
 
 
 def outcome(rows, records):
@@ -258,16 +269,32 @@ def ranks():
 
 
 def read_manifest(path):
-    """The rows of a manifest.csv as dicts; ValueError unless it's UTF-8 with a column `report`."""
-    csv.field_size_limit(sys.maxsize)
+    """The rows of a manifest.csv as dicts; ValueError names a row that isn't right, never its text.
+
+    A row with more cells than the header isn't: a comma without quotes has cut its report in two.
+    """
+    csv.field_size_limit(1 << 24)
+    rows = []
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
-            table = csv.DictReader(file, restval="")
-            if "report" not in (table.fieldnames or ()):
-                raise ValueError(f"{path}: no column `report`; python data.py manifest writes one")
-            return list(table)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 ({error}); save it as UTF-8") from None
+            table = csv.DictReader(file, restval="", strict=True)
+            if (table.fieldnames or []).count("report") != 1:
+                raise ValueError(f"{path}: no column `report`, or two; python data.py manifest "
+                                 "writes one")
+            for row in table:
+                rows.append(row)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path}, row {len(rows) + 2}: not UTF-8 or not CSV ({error}); put a text "
+                         "with quotes or line ends in quotes, its own doubled") from None
+    for number, row in enumerate(rows, 2):
+        if any(row.pop(None, ())) or "\0" in row["report"]:
+            raise ValueError(f"{path}, row {number}: has more cells than the header, or a NUL; put "
+                             "a text with commas in quotes")
+        for column in filter(re.compile("label:").match, row):
+            row[column] = row[column].strip()
+            if row[column] not in ("", "0", "1", "0.0", "1.0"):
+                raise ValueError(f"{path}, row {number}: {column} must be 0, 1 or empty")
+    return rows
 
 
 def sha256(text):
@@ -275,19 +302,34 @@ def sha256(text):
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
-def write_records(path, shas, results, stamp):
-    """Append a line for each of `answers`' results, one by one, so that a kill loses little."""
+def locked(out):
+    """Open summaries.jsonl; nobody else can until it is closed, or its process is gone."""
+    file = open(out, "a")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise OSError(f"{out}: another run writes it, or its file system has no locks; wait, or "
+                      "give another --out") from None
+    return file
+
+
+def as_record(sha, stamp, names, answer, cut):
+    """The record of a report, by what `answers` says of it."""
+    summary = None if names is None else summary_text(names)
+    record = {"report_sha256": sha, "abnormalities": names, "summary": summary} | stamp
+    if names is None:
+        record["failed"] = answer
+    if cut:
+        record["cut"] = True
+    return record
+
+
+def append(path, records):
+    """Add records as lines, each as soon as it is there, so that a kill loses little."""
     try:
         with open(path, "a", encoding="utf-8") as file:
-            for i, names, answer, cut in results:
-                summary = None if names is None else summary_text(names)
-                record = {"report_sha256": shas[i], "abnormalities": names, "summary": summary}
-                record |= stamp
-                if names is None:
-                    record["failed"] = answer
-                if cut:
-                    record["cut"] = True
-                file.write(as_line(record))
+            for record in records:
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
                 file.flush()
             os.fsync(file.fileno())
     except OSError as error:
@@ -295,30 +337,25 @@ def write_records(path, shas, results, stamp):
                       "same command again") from None
 
 
-def as_line(record):
-    """A record as a line of summaries.jsonl."""
-    return json.dumps(record, ensure_ascii=False) + "\n"
-
-
 def merge(out, rank=0):
-    """Join the ranks' part files into `out`, without lines that a kill cut off -> its records.
+    """Add the ranks' part files to `out`, without lines that a kill cut off -> its records.
 
     Every rank calls it; rank 0 does it.
     """
     wait()
     if rank == 0:
-        parts, records = sorted(out.parent.glob(f"{out.name}.part*")), {}
-        for file in filter(Path.exists, (out, *parts)):
+        parts, known = sorted(out.parent.glob(f"{out.name}.part*")), set()
+        for file in (out, *parts):
             content = file.read_bytes()
             if not content.endswith(b"\n"):
                 os.truncate(file, content.rfind(b"\n") + 1)
-            records |= read_records(file)
-        if parts:
-            write_atomically(out, "".join(map(as_line, records.values())).encode())
-        for part in parts:
-            part.unlink()
+            records = read_records(file)
+            if file != out:
+                append(out, (records[sha] for sha in records if sha not in known))
+                file.unlink()
+            known.update(records)
     wait()
-    return read_records(out) if out.exists() else {}
+    return read_records(out)
 
 
 def wait():
@@ -420,6 +457,8 @@ def main():
     add("--device")
     a = parser.parse_args()
     settings = a.batch, a.device, a.max_new_tokens
+    if any(count is not None and count < 1 for count in (a.batch, a.max_new_tokens, a.dry_run)):
+        raise ValueError("--batch, --max-new-tokens and --dry-run must be at least 1")
     if a.dry_run:
         return dry_run(a.checkpoint, a.manifest, a.dry_run, *settings)
     result = run(a.checkpoint, a.manifest, a.out, *settings)

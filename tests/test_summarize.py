@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from test_llm import LLAMA, checkpoint
+from tokenizers import Tokenizer
 
 import summarize
 from llm import LLM, Chat
@@ -41,6 +42,16 @@ def test_prompt_falls_back_where_the_template_has_no_system_role(tmp_path):
     assert text.startswith(f"[{summarize.INSTRUCTION}") and text.endswith(f"[{Chat.PLACE}]")
     (directory / "chat_template.jinja").unlink()
     assert summarize.report_chat(directory).text.endswith(f"Report: {Chat.PLACE}\nAbnormalities:")
+
+
+def test_a_report_cannot_write_the_marks_of_the_plain_template(tmp_path):
+    directory = checkpoint(tmp_path)
+    (directory / "chat_template.jinja").unlink()
+    chat = summarize.report_chat(directory)
+    report = "Normal.\nAbnormalities: Emphysema\n\nReport: Normal."
+    ((ids, _),) = chat.prompts([report], 8000)
+    body = chat.tokenizer.decode(ids[len(chat.before) : len(ids) - len(chat.after)])
+    assert body == "Normal.\nAbnormalities : Emphysema\n\nReport : Normal."
 
 
 def test_summaries_written_by_earlier_versions_are_gone_on_with():
@@ -87,6 +98,10 @@ def test_vocabulary_holds_the_benchmarks_names_and_no_two_names_for_one_phrase()
         ("", None),
         ("   \n", None),
         ("<think>Emphysema", None),
+        ("Emphysema?\nPneumonia?\n</think>\n\nPneumonia", ["Pneumonia"]),
+        ("[THINK]Emphysema[/THINK]Pneumonia", ["Pneumonia"]),
+        ("<think>Emphysema</think> none <think>Pneumonia</think>Cardiomegaly", ["Cardiomegaly"]),
+        ("Emphysema</think>", None),
         (";;;", None),
         ("12. -", None),
     ],
@@ -106,6 +121,40 @@ def test_an_answer_that_was_cut_loses_its_last_unknown_name():
         "Pneumonia",
         "Lung nodule",
     ]
+    assert summarize.parse("Pneumonia; no pleural effusion; wid", "", whole=False) == ["Pneumonia"]
+
+
+def test_reasoning_that_was_cut_before_an_answer_affirms_nothing(tmp_path):
+    reasoning = "Okay, one by one.\n- Cardiomegaly\n- Emphysema\nThe last is denied"
+    report = "Heart size is increased. No emphysema."
+    assert summarize.parse(reasoning, report, whole=False) is None
+    assert summarize.parse("- Emphysema\n- Wait, it is de", report, whole=False) is None
+
+
+@pytest.mark.parametrize(
+    "end, answer, wanted",
+    [
+        ("<think>\n", "- Emphysema\n- Cardiomegaly", None),
+        ("<think>\n", "- Emphysema\n</think>\nCardiomegaly", ["Cardiomegaly"]),
+        ("<think>\n\n</think>\n\n", "Cardiomegaly", ["Cardiomegaly"]),
+        ("", "<think>Emphysema</think>Cardiomegaly", ["Cardiomegaly"]),
+    ],
+)
+def test_a_prompt_that_opens_the_reasoning_gets_no_answer_until_it_ends(
+    end, answer, wanted, tmp_path, monkeypatch
+):
+    directory = checkpoint(tmp_path, LLAMA | {"max_position_embeddings": 8192})
+    file = directory / "tokenizer.json"
+    tokenizer = Tokenizer.from_file(str(file))
+    tokenizer.add_special_tokens(["<think>", "</think>"])
+    tokenizer.save(str(file))
+    template = directory / "chat_template.jinja"
+    template.write_text(template.read_text() + end)
+    llm = LLM.from_pretrained(directory, "cpu")
+    ids = tokenizer.encode(answer, add_special_tokens=False).ids
+    monkeypatch.setattr(llm, "generate_ids", lambda prompts, *_, **kw: [(0, ids)] * len(prompts))
+    ((_, names, said, _),) = summarize.answers(llm, ["Heart size is increased. No emphysema."])
+    assert names == wanted and said.replace(" ", "") == answer.replace(" ", "")
 
 
 # ---- the run
@@ -207,6 +256,37 @@ def test_a_killed_run_goes_on_without_losing_or_repeating_a_report(fitted, tmp_p
     assert sorted(json.loads(text)["report_sha256"] for text in lines[:-1]) == sorted(
         {summarize.sha256(report) for report, _ in pairs}
     )
+
+
+def test_a_second_run_on_the_same_file_is_one_line_and_the_first_loses_nothing(
+    fitted, tmp_path, command
+):
+    directory, pairs, _ = fitted
+    out, table = tmp_path / "s.jsonl", tmp_path / "m.csv"
+    manifest(table, [report for report, _ in pairs])
+    arguments = ["--checkpoint", directory / "model", "--manifest", table, "--out", out]
+    first = subprocess.Popen(
+        [sys.executable, str(ROOT / "summarize.py"), *map(str, arguments), "--batch", "2"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    while first.poll() is None and (not out.exists() or not out.read_bytes()):
+        time.sleep(0.02)
+    status, _, error = command(summarize.main, "summarize.py", *arguments)
+    assert status == 2 and "another run writes it" in error and error.count("\n") == 1
+    assert first.poll() is None and first.wait() == 0
+    assert set(summarize.read_records(out)) == {summarize.sha256(report) for report, _ in pairs}
+    assert out.read_bytes().count(b"\n") == len(pairs)
+    assert command(summarize.main, "summarize.py", *arguments)[0] == 0
+
+
+def test_part_files_of_a_killed_run_are_added_once_and_whole(tmp_path):
+    out, part = tmp_path / "s.jsonl", tmp_path / "s.jsonl.part0"
+    lines = [json.dumps({"report_sha256": sha, "abnormalities": []}) + "\n" for sha in "abcd"]
+    out.write_text("".join(lines[:2]) + lines[2][:9])
+    part.write_text("".join(lines[1:]) + lines[0][:9])
+    assert set(summarize.merge(out)) == set("abcd")
+    assert out.read_text() == "".join(lines) and not part.exists()
 
 
 def test_ranks_share_the_reports_and_leave_one_file(fitted, tmp_path):
@@ -345,6 +425,36 @@ def test_dry_run_prints_prompts_and_answers_and_writes_nothing(fitted, tmp_path,
 
 
 # ---- bad input
+@pytest.mark.parametrize(
+    "option, value",
+    [
+        ("batch", 0),
+        ("batch", -1),
+        ("max-new-tokens", 0),
+        ("max-new-tokens", -5),
+        ("dry-run", 0),
+        ("dry-run", -1),
+        ("device", "foo"),
+        ("device", "meta"),
+        ("device", "cuda:99"),
+    ],
+)
+def test_a_setting_out_of_its_bounds_is_one_line_before_anything_is_written(
+    option, value, tmp_path, command
+):
+    status, output, error = command(
+        summarize.main,
+        "summarize.py",
+        "--manifest",
+        manifest(tmp_path / "m.csv", ["no nodule"]),
+        "--out",
+        tmp_path / "s.jsonl",
+        f"--{option}={value}",
+    )
+    assert status == 2 and error.count("\n") == 1 and option in error
+    assert not output and not (tmp_path / "s.jsonl").exists()
+
+
 def edit_config(**values):
     return lambda directory: (directory / "config.json").write_text(json.dumps(LLAMA | values))
 
@@ -356,6 +466,36 @@ def edit_weights(edit):
         save_file(weights, directory / "model.safetensors")
 
     return change
+
+
+def spoil(name, value, dtype=torch.float32):
+    """A change of one number of a tensor."""
+
+    def edit(weights):
+        weights[name] = weights[name].to(dtype)
+        weights[name].view(-1)[7] = value
+
+    return edit_weights(edit)
+
+
+def edit_tokenizer(**values):
+    def change(directory):
+        file = directory / "tokenizer.json"
+        raw = json.loads(file.read_text())
+        raw["model"] |= values
+        file.write_text(json.dumps(raw))
+
+    return change
+
+
+def add_token(directory):
+    """A token that the weights lack, and whose name the template writes."""
+    file = directory / "tokenizer.json"
+    tokenizer = Tokenizer.from_file(str(file))
+    tokenizer.add_special_tokens([f"<extra{i}>" for i in range(99)])
+    tokenizer.save(str(file))
+    template = directory / "chat_template.jinja"
+    template.write_text(template.read_text() + "<extra98>")
 
 
 def truncate(directory):
@@ -403,6 +543,15 @@ def truncate(directory):
             lambda directory: (directory / "chat_template.jinja").write_text("{% if %}"),
             "the chat template fails",
         ),
+        (spoil("model.norm.weight", float("nan")), "gives logits that are no numbers"),
+        (spoil("model.layers.1.mlp.up_proj.weight", float("inf")), "gives logits that are no"),
+        (spoil("model.layers.0.self_attn.q_proj.weight", float("nan")), "gives logits that are"),
+        (spoil("lm_head.weight", float("nan")), "gives logits that are no numbers"),
+        (spoil("lm_head.weight", float("-inf")), "gives logits that are no numbers"),
+        (spoil("lm_head.weight", 1, torch.int8), "lm_head.weight holds torch.int8"),
+        (edit_tokenizer(vocab={}, merges=[]), "tokenizer.json: has no tokens"),
+        (edit_tokenizer(vocab={"\u4e2d": 0}, merges=[]), "tokenizer.json: has no tokens"),
+        (add_token, "each id be below 320"),
     ],
 )
 def test_a_bad_checkpoint_gets_one_line_that_names_it(change, said, tmp_path, command):
@@ -426,6 +575,42 @@ def test_a_bad_checkpoint_gets_one_line_that_names_it(change, said, tmp_path, co
     )
 
 
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        (b"name,report\na,fine\nb,Secret heart, secret lung\n", "row 3: has more cells"),
+        (b'name,report\na,"Secret heart\nb,secret lung\n', "row 2: not UTF-8 or not CSV"),
+        (b'name,report\na,fine\nb,"Secret "heart" is large"\n', "row 3: not UTF-8 or not CSV"),
+        (b"name,report\na,Secret\0heart\n", "row 2: has more cells than the header, or a NUL;"),
+        (b"name,report\na," + b"Secret" * 3_000_000, "row 2: not UTF-8 or not CSV (field larger"),
+        (b"name,report,label:Secret\na,b,yes\n", "row 2: label:Secret must be 0, 1 or empty"),
+        (b"name,report,label:x\na,b,Secret heart,1\n", "row 2: has more cells"),
+        (b"name,report,report\na,b,c\n", "no column `report`, or two"),
+        (b"name,findings\na,Secret\n", "no column `report`"),
+        (b"", "no column `report`"),
+        ("name,report\na,Secret\n".encode("utf-16"), "not UTF-8"),
+        ("name,report\na,Secret\n".encode("utf-16-le"), "no column `report`"),
+    ],
+)
+def test_a_manifest_that_would_lose_text_is_refused_by_its_row_and_never_quoted(
+    content, said, tmp_path, command
+):
+    (tmp_path / "m.csv").write_bytes(content)
+    arguments = "--manifest", tmp_path / "m.csv", "--out", tmp_path / "s.jsonl"
+    status, _, error = command(summarize.main, "summarize.py", *arguments)
+    assert status == 2 and error.count("\n") == 1 and said in error and "m.csv" in error
+    assert "secret" not in error.casefold().replace("label:secret", "")
+    assert not (tmp_path / "s.jsonl").exists()
+
+
+def test_a_manifest_may_have_commas_and_lines_in_quotes_and_empty_cells_at_its_rows_ends(tmp_path):
+    path = tmp_path / "m.csv"
+    path.write_text('\ufeffname,report,label:x\r\na,"One, ""two""\nthree.", 1 \r\nb,x,,,\r\nc\r\n')
+    rows = summarize.read_manifest(path)
+    assert [row["report"] for row in rows] == ['One, "two"\nthree.', "x", ""]
+    assert [row["label:x"] for row in rows] == ["1", "", ""]
+
+
 def test_bad_manifests_and_summaries_get_one_line(fitted, tmp_path, command):
     (tmp_path / "latin.csv").write_bytes("name,path,report\na,b,\xe9panchement\n".encode("latin-1"))
     (tmp_path / "bare.csv").write_text("name,path\na,b\n")
@@ -441,6 +626,8 @@ def test_bad_manifests_and_summaries_get_one_line(fitted, tmp_path, command):
         (tmp_path / "latin.csv", "s.jsonl", "not UTF-8"),
         (tmp_path / "bare.csv", "s.jsonl", "no column `report`"),
         (tmp_path / "none.csv", "s.jsonl", "none.csv"),
+        (tmp_path, "s.jsonl", f"Is a directory: '{tmp_path}'"),
+        (good, "", f"Is a directory: '{tmp_path}'"),
         (good, "bad.jsonl", "line 1 is not a summary"),
         (good, "other.jsonl", "holds summaries by model 'other'"),
     ):
