@@ -203,8 +203,11 @@ def run_command(main):
     try:
         return main()
     except (ValueError, OSError) as error:
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
-        return 2
+        status, line = 2, f"error: {' '.join(str(error).split())}"
+    except KeyboardInterrupt:
+        status, line = 130, "stopped"
+    print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
+    return status
 
 
 def main():

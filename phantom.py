@@ -20,6 +20,7 @@ import math
 import multiprocessing
 import os
 import random
+import signal
 import sys
 import tomllib
 import zlib
@@ -1064,7 +1065,8 @@ def written(jobs, workers):
         return
     # Fork where it is safe: workers need nothing but numpy; to import the caller may be slow.
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+    ignore = signal.SIGINT, signal.SIG_IGN  # Ctrl-C is this process's to hear
+    with ProcessPoolExecutor(workers, context, signal.signal, ignore) as pool:
         yield from pool.map(write_scan, jobs, chunksize=4)
 
 
@@ -1145,8 +1147,11 @@ def run_command(main):
     try:
         return main()
     except (ValueError, OSError) as error:
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
-        return 2
+        status, line = 2, f"error: {' '.join(str(error).split())}"
+    except KeyboardInterrupt:
+        status, line = 130, "stopped"
+    print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
+    return status
 
 
 if __name__ == "__main__":

@@ -25,12 +25,32 @@ from functools import lru_cache, partial
 from itertools import chain
 from pathlib import Path
 
+SMALL_CHECKPOINT = Path(__file__).parent / "checkpoints/summarizer"
+
+
+def parse():
+    """The command line's arguments."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--checkpoint", default=SMALL_CHECKPOINT,
+        help="a Hugging Face checkpoint's directory (default: the small one for the phantom)")
+    add("--manifest", required=True)
+    add("--out", default="summaries.jsonl")
+    add("--dry-run", type=int, metavar="N", help="print N prompts and answers, and write nothing")
+    add("--batch", type=int)
+    add("--max-new-tokens", type=int, default=192)
+    add("--device")
+    return parser.parse_args()
+
+
+if __name__ == "__main__" and {"-h", "--help"} & {*sys.argv}:
+    parse()  # before torch is loaded, so that it is quick
+
 import torch
 from tqdm import tqdm
 
 from llm import LLM, Chat, find_device
-
-SMALL_CHECKPOINT = Path(__file__).parent / "checkpoints/summarizer"
 
 # ---- the task: what is asked ---------------------------------------------------------------------
 _text = Path(__file__).with_name("resources").joinpath("vocabulary.toml").read_text("utf-8")
@@ -437,25 +457,17 @@ def run_command(main):
     try:
         return main()
     except (ValueError, OSError) as error:
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
-        return 2
+        status, line = 2, f"error: {' '.join(str(error).split())}"
+    except KeyboardInterrupt:
+        status, line = 130, "stopped"
+    print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
+    return status
 
 
 def main():
     if sys.argv[1:2] == ["fit"]:
         raise ValueError("fit is now: python distil.py --pairs pairs.jsonl --out DIR")
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--checkpoint", default=SMALL_CHECKPOINT,
-        help="a Hugging Face checkpoint's directory (default: the small one for the phantom)")
-    add("--manifest", required=True)
-    add("--out", default="summaries.jsonl")
-    add("--dry-run", type=int, metavar="N", help="print N prompts and answers, and write nothing")
-    add("--batch", type=int)
-    add("--max-new-tokens", type=int, default=192)
-    add("--device")
-    a = parser.parse_args()
+    a = parse()
     settings = a.batch, a.device, a.max_new_tokens
     if any(count is not None and count < 1 for count in (a.batch, a.max_new_tokens, a.dry_run)):
         raise ValueError("--batch, --max-new-tokens and --dry-run must be at least 1")

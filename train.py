@@ -817,8 +817,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(data.run_command(main))
-    except KeyboardInterrupt:
-        print("train.py: stopped; the same command with --resume goes on", file=sys.stderr)
-        sys.exit(130)
+    sys.exit(data.run_command(main))
