@@ -83,7 +83,7 @@ class Config:
             value, kind = getattr(self, item.name), item.type
             right = type(value) is kind or kind is float and type(value) is int
             if kind in (int, float):
-                right = right and 0 <= value < math.inf
+                right = right and 0 <= value < 2**31
             elif item.name in CHOICES:
                 choices = CHOICES[item.name]
                 _require(value in choices, item.name, value, f"; one of {', '.join(choices)}")
@@ -734,10 +734,9 @@ def _loaded(kind, config, tokenizer, weights, directory):
         with torch.device("meta"):
             model = kind(config, tokenizer)
         model.load_state_dict(weights, assign=True)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:  # a tensor, the tokenizer
         reason = str(error).splitlines()[-1].strip()
-        path = Path(directory) / "model.safetensors"
-        raise ValueError(f"{path}: doesn't fit config.json: {reason}") from None
+        raise ValueError(f"{directory}: config.json doesn't fit what is there: {reason}") from None
     text = model.text if kind is BrgSA else model
     text.set_tokenizer(tokenizer)  # with tensors that have values
     return model
