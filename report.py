@@ -408,12 +408,12 @@ def most_wrong(scores, labels, rows, n=3):
     """
     values, misses, alarms = auroc(scores, labels), [], []
     for c in np.flatnonzero(~np.isnan(values)):
-        positive, negative = labels[:, c] == 1, labels[:, c] == 0
-        right = placements(scores[:, c], positive, negative)
-        for cases, members, shares in zip((misses, alarms), (positive, negative), right):
-            worst = np.argmin(shares)
-            wrong = 1 - shares[worst]
-            cases.append((values[c] * wrong, np.flatnonzero(members)[worst], c, wrong))
+        right = placements(scores[:, c], labels[:, c])
+        for cases, label in ((misses, 1), (alarms, 0)):
+            members = np.flatnonzero(labels[:, c] == label)
+            worst = members[np.argmin(right[members])]
+            wrong = 1 - right[worst]
+            cases.append((values[c] * wrong, worst, c, wrong))
     chosen, scans = [], set()
     for cases in (misses, alarms):
         most = len(chosen) + n
