@@ -17,7 +17,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from heatmap import heatmap, to_scan
-from metrics import auroc, placements, roc_curve
+from metrics import METRICS, auroc, placements, roc_curve
 
 PHANTOM_WARNING = (
     "this model was trained on the phantom, synthetic scans; it knows nothing about patients")
@@ -42,9 +42,9 @@ def evaluation_table(result):
         difference = _difference(result["compare"])
         lines.append(f"macro AUROC difference to {result['compare']['with']}: {difference}")
     for name, values in result.get("pointing", {}).items():
-        hit, chance = _percent(values["hit"]), _percent(values["chance"])
-        lines.append(f"heat maps of {name.lower()} point at it in {hit} % of "
-                     f"{values['volumes']} volumes; chance {chance} %")
+        hit = f"{_percent(values['hit'])} % of {values['volumes']} volumes"
+        chance = f"chance {_percent(values['chance'])} %"
+        lines.append(f"heat maps of {name.lower()} point at it in {hit}; {chance}")
     return "\n".join(lines)
 
 
@@ -157,12 +157,17 @@ def gap_png(planes):
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     titles = ("before the bank: v, t", "after the bank: v_hat, t_hat")
     for axes, title, sides in zip(figure.subplots(1, 2), titles, planes.values()):
-        for points, colour, name in zip(sides, (BLUE, ORANGE), ("volumes", "texts")):
-            axes.scatter(*np.transpose(points), s=9, alpha=0.6, color=colour, label=name)
+        draw_clouds(axes, sides)
         axes.set_title(title, fontsize=10)
-        axes.set_aspect("equal", "datalim")
         axes.legend(frameon=False)
     return _png(figure, 100)
+
+
+def draw_clouds(axes, sides):
+    """Draw volumes and texts, each (N, 2), into a plot."""
+    for points, colour, name in zip(sides, (BLUE, ORANGE), ("volumes", "texts")):
+        axes.scatter(*np.transpose(points), s=9, alpha=0.6, color=colour, label=name)
+    axes.set_aspect("equal", "datalim")
 
 
 def _png(figure, dpi):
@@ -280,12 +285,10 @@ def _diagnosis(result):
 
 def metrics_table(result):
     """The volume level's macro means and classes as HTML, AUROC as bars with their intervals."""
-    head = ["", "positive", "AUROC", "95 % interval", "0 <small>(chance ½)</small> 1"]
-    keys = ["auprc", "f1", "f1_weighted", "accuracy", "precision", "recall", "specificity"]
-    head += map(_words, keys)
+    columns = {key: _words(key) for key in METRICS[1:]}
     if "probe" in result:
-        head.insert(5, "linear probe")
-        keys.insert(0, "probe_auroc")
+        columns = {"probe_auroc": "linear probe"} | columns
+    head = ["", "positive", "AUROC", "95 % interval", "0 <small>(chance ½)</small> 1"]
     macros, classes = _named(result["volume"])
     lines = []
     for name, positives, values in macros + classes:
@@ -293,8 +296,8 @@ def metrics_table(result):
         bar = _bar(values["auroc"], ends, values.get("probe_auroc", math.nan))
         interval = "–".join(map(_percent, ends))
         line = [escape(name), positives, f"<b>{_percent(values['auroc'])}</b>", interval, bar]
-        lines.append(line + [_percent(values[key]) for key in keys])
-    return html_table(head, lines, len(macros))
+        lines.append(line + [_percent(values[key]) for key in columns])
+    return html_table([*head, *columns.values()], lines, len(macros))
 
 
 def _compare(result):
