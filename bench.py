@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from functools import partial
 from pathlib import Path
 
@@ -27,8 +27,8 @@ def parse(argv=None):
     commands = parser.add_subparsers(required=True, dest="command")
 
     def add(name, help, example=""):
-        epilog = f"example: python bench.py {name} {example}"
-        return commands.add_parser(name, help=help, epilog=epilog).add_argument
+        example = f"example: python bench.py {name} {example}"
+        return commands.add_parser(name, help=help, epilog=example).add_argument
 
     add("preprocess", "resampling of one scan beside SimpleITK")
     option = add("evaluate", "1,000 patient resamples beside scikit-learn; one scan", "--sets 200")
@@ -64,6 +64,7 @@ import evaluate
 import llm
 import metrics
 import phantom_reports
+import report
 import summarize
 import train
 from model import PAIRS, BrgSA, clean
@@ -83,10 +84,7 @@ def timed(call):
 
 def medians(rounds, *calls):
     """Median seconds of each of the calls, which are timed in turn."""
-    seconds = []
-    for _ in range(rounds):
-        seconds.append([timed(call) for call in calls])
-    return np.median(seconds, axis=0)
+    return np.median([list(map(timed, calls)) for _ in range(rounds)], axis=0)
 
 
 def in_new_process(call):
@@ -135,8 +133,8 @@ def bench_evaluate(arguments):
                 metric(label, score > 0.5)
 
     bootstrap = partial(metrics.bootstrap, scores, labels, patients, np.full(18, 0.5))
-    seconds, *peers = medians(5, bootstrap, peer, peer)
-    peer_seconds = 1000 * np.mean(peers)
+    seconds, one = medians(9, bootstrap, peer)
+    peer_seconds = 1000 * one
     print("| patient resamples | bootstrap, 8 metrics, s | scikit-learn, 6 metrics, s | ratio |\n"
           f"|---|---|---|---|\n| 1,000 of 3,039 volumes x 18 classes | {seconds:.3f} | "
           f"{peer_seconds:.1f} | {peer_seconds / seconds:.0f} |")
@@ -147,7 +145,7 @@ def bench_evaluate(arguments):
 def coverage(rng, sets, truth=0.8):
     """How often the 95 % interval over patients, and over volumes, holds the true AUROC."""
     distance = statistics.NormalDist().inv_cdf(truth) * 2 ** 0.5  # between two unit normals
-    held = {"patients": 0, "volumes": 0}
+    held = Counter()
     for _ in range(sets):
         patients = np.repeat(np.arange(300), rng.integers(1, 4, 300))  # 1 to 3 volumes each
         labels = (rng.random(300) < 0.3)[patients]
@@ -196,9 +194,7 @@ def bench_small_summarizer(checkpoint, wordings, n=1000):
     texts = [text for text, _, _ in examples]
     start = time.perf_counter()
     model = llm.LLM.from_pretrained(checkpoint, "cpu")
-    answers = [None] * n
-    for index, names, _, _ in summarize.answers(model, texts, batch_size=128):
-        answers[index] = names
+    answers = [names for _, names, _, _ in sorted(summarize.answers(model, texts, 128))]
     speed = n / (time.perf_counter() - start)
     rows, summaries, against, invented = [], {}, 0, 0
     for (text, affirmed, denied), names in zip(examples, answers):
@@ -206,7 +202,7 @@ def bench_small_summarizer(checkpoint, wordings, n=1000):
         rows.append({"report": text} | labels)
         summaries[summarize.sha256(text)] = {"abnormalities": names}
         against += not denied.isdisjoint(names or ())
-        invented += not set(names or ()) <= set(affirmed)
+        invented += not set(affirmed).issuperset(names or ())
     print("\n| phantom reports | reports/s | affirms what is denied | or not named | unreadable |\n"
           f"|---|---|---|---|---|\n| {n}, {wordings} wordings | {speed:.0f} | {against / n:.1%} | "
           f"{invented / n:.1%} | {answers.count(None)} |\n")
@@ -342,16 +338,14 @@ def bench_ablation(arguments):
     """
     manifest, summaries = str(train.phantom_manifest()), train.phantom_summaries()
     rows, _ = evaluate.select_rows(manifest, "valid")
-    results, pictures = {arm: [] for arm in ARMS}, {}
+    results, pictures = defaultdict(list), {}
     for seed in range(arguments.seeds):
         for arm, (with_summaries, with_bank) in ARMS.items():
             run = Path(arguments.out, f"{clean(arm).replace(' ', '_')}-{seed}")
             texts = summaries if with_summaries else None
-            command = ["--manifest", manifest, "--summaries", texts or "none", "--preset",
-                       "phantom", "--epochs", str(arguments.epochs), "--seed", str(seed),
-                       "--out", str(run), "--resume"]
-            if not with_bank:
-                command += ["--alpha", "0", "--gamma", "0"]
+            command = ["--manifest", manifest, "--summaries", texts or "none", "--out", str(run)]
+            command += f"--preset phantom --epochs {arguments.epochs} --seed {seed}".split()
+            command += ["--resume"] if with_bank else "--resume --alpha 0 --gamma 0".split()
             if not (run / "evaluation/metrics.json").exists() and train.main(command):
                 return 130  # stopped by Ctrl-C
             results[arm].append(collect(run, rows))
@@ -368,18 +362,19 @@ def bench_ablation(arguments):
 
 
 def collect(run, rows):
-    """A finished run -> macro AUROC of the groups (2,), the same resampled (2, 2000), gap (4,)."""
+    """A finished run -> macro AUROC of both groups of classes, (2, 1 + 2000), and the gap (4,).
+
+    The groups are CT-RATE's classes and CT-RATE-LT's; the AUROC itself, then its resamples.
+    """
     scores = evaluate.read_scores(run / "evaluation/scores.csv")
     scores, labels, classes = evaluate.join(scores, rows)
     patients = [row.patient for row in rows]
-    auroc = metrics.auroc(scores, labels)
     drawn = metrics.bootstrap(scores, labels, patients, np.zeros(len(classes)), n=2000)["auroc"]
-    groups = slice(0, 18), slice(18, 33)  # of the classes: CT-RATE's and CT-RATE-LT's
-    auroc = [np.nanmean(auroc[group]) for group in groups]
-    drawn = [np.nanmean(drawn[:, group], 1) for group in groups]
+    auroc = np.vstack([metrics.auroc(scores, labels), drawn])  # (1 + 2000, C)
     gap = json.loads((run / "evaluation/metrics.json").read_text())["gap"]
     keys = ("centroid_distance", "linear_separability")
-    return auroc, drawn, [gap[when][key] for when in ("before", "after") for key in keys]
+    gap = [gap[when][key] for when in ("before", "after") for key in keys]
+    return [np.nanmean(auroc[:, :18], 1), np.nanmean(auroc[:, 18:], 1)], gap
 
 
 def ablation_table(results):
@@ -388,22 +383,22 @@ def ablation_table(results):
              "macro AUROC | against contrastive (95 %), p | gap: centroid distance | "
              "linear separability | the same after the bank |", "|---" * 8 + "|"]
     for arm, runs in results.items():
-        auroc, drawn, gap = map(np.array, zip(*runs))  # (S, 2), (S, 2, 2000), (S, 4)
-        spread = auroc.std(0, ddof=min(1, len(runs) - 1))
-        auroc, drawn, gap = auroc.mean(0), drawn.mean(0), gap.mean(0)
+        auroc, gap = map(np.array, zip(*runs))  # (S, 2, 1 + 2000), (S, 4)
+        spread = auroc[..., 0].std(0, ddof=min(1, len(runs) - 1))
+        auroc, gap = auroc.mean(0), gap.mean(0)
         if arm == "contrastive":
-            peer_auroc, peer_drawn = auroc, drawn
+            peer = auroc
         line = f"| {arm} |"
-        for i in range(2):
-            against = difference(auroc[i] - peer_auroc[i], drawn[i] - peer_drawn[i])
-            line += f" {100 * auroc[i]:.1f} ± {100 * spread[i]:.1f} | {against} |"
+        for group, other, deviation in zip(auroc, peer, spread):
+            line += f" {100 * group[0]:.1f} ± {100 * deviation:.1f} | {difference(group - other)} |"
         after = f"{gap[2]:.2f}, {gap[3]:.2f}" if ARMS[arm][1] else ""
         lines.append(f"{line} {gap[0]:.2f} | {gap[1]:.2f} | {after} |")
     return "\n".join(lines)
 
 
-def difference(value, drawn):
-    """A difference of AUROCs and its resamples (2000,) -> it, its 95 % interval, two-sided p."""
+def difference(values):
+    """A difference of AUROCs and its resamples (1 + 2000,) -> it, its interval, two-sided p."""
+    value, drawn = values[0], values[1:]
     if not drawn.any():
         return ""  # contrastive against itself
     low, high = 100 * metrics.interval(drawn)
@@ -417,15 +412,14 @@ def ablation_figure(pictures):
     figure = Figure(figsize=(13, 7.2), layout="constrained")
     grid = figure.subplots(2, len(pictures), squeeze=False)
     for column, (arm, picture) in zip(grid.T, pictures.items()):
-        for axes, when in zip(column, ("before", "after")):
-            title = arm if when == "before" else "after the bank"
-            axes.set(xticks=[], yticks=[], aspect="equal", title=title, adjustable="datalim")
-            if when == "after" and not ARMS[arm][1]:
+        titles = (arm, "after the bank" if ARMS[arm][1] else "no bank")
+        for axes, title, clouds in zip(column, titles, picture.values()):
+            axes.set(xticks=[], yticks=[])
+            axes.set_title(title)
+            if title == "no bank":
                 axes.set_axis_off()
-                axes.set_title("no bank", color="grey")
-                continue
-            for part, c, label in zip(picture[when], ("#2563b0", "#c8641b"), ("scans", "texts")):
-                axes.scatter(*np.array(part).T, s=9, c=c, alpha=0.55, lw=0, label=label)
+            else:
+                report.draw_clouds(axes, clouds)
     grid[0, 0].legend(frameon=False)
     return figure
 
@@ -438,21 +432,20 @@ def bench_hostile(arguments):
     folder = Path("runs/hostile")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    before, counts, faults = memory("VmHWM"), Counter(), 0
+    before, counts, status = memory("VmHWM"), defaultdict(Counter), 0
     results = hostile_outcomes(folder, arguments.n, arguments.seed)
     for name, result in tqdm(results, "hostile", arguments.n, unit="file"):
-        fault = result not in ("read", "refused")
-        faults += fault
-        counts[name, "faults" if fault else result] += 1
-        if fault:
+        if result not in ("read", "refused"):
             print(f"{name}: {result}")
+            result, status = "fault", 1
+        counts[name][result] += 1
     print("\n| file | read | refused in one line | faults |\n|---|---|---|---|")
-    for name in sorted({name for name, _ in counts}):
-        row = [counts[name, kind] for kind in ("read", "refused", "faults")]
-        print(f"| {name} | {row[0]} | {row[1]} | {row[2]} |")
+    for name, count in sorted(counts.items()):
+        print(f"| {name} | {count['read']} | {count['refused']} | {count['fault']} |")
     grown = (memory("VmHWM") - before) / 2**20
     print(f"\nmemory beyond that of the start, at most: {grown:.0f} MiB")
-    return 1 if faults else 0
+    return status
+
 
 # ---------------------------------------------------------------- command line
 def main(argv=None):

@@ -24,7 +24,6 @@ Example:
 import gzip
 import math
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 
 import nibabel
 import numpy as np
@@ -35,6 +34,7 @@ import data
 from model import PAIRS, zero_shot_scores
 
 
+@torch.no_grad()
 def heatmap(model, hu, texts, method=None, pairs=PAIRS[:2]):
     """Where a preprocessed volume hu (X, Y, Z) supports the prompts `texts`: a map (gx, gy, gz).
 
@@ -46,22 +46,25 @@ def heatmap(model, hu, texts, method=None, pairs=PAIRS[:2]):
     by_gradient = "rollout" if vision == "vit" else "gradcam"
     method = method or by_gradient
     if method not in ("similarity", by_gradient):
-        choice = f"similarity or {by_gradient} can be had"
-        raise ValueError(f"no '{method}' map for the vision encoder '{vision}'; {choice}")
+        raise ValueError(f"no '{method}' map for the vision encoder '{vision}'; "
+                         f"similarity or {by_gradient} can be had")
     volume = torch.from_numpy(np.array(hu))[None, None].to(model.bank.weight.device)
-    with torch.no_grad():
-        t = F.normalize(model.encode_text(texts), dim=-1).mean(0, keepdim=True)  # (1, d)
+    t = F.normalize(model.encode_text(texts), dim=-1).mean(0, keepdim=True)  # (1, d)
 
     if method == "similarity":
         grid = similarity(model, volume, t)
     elif method == "rollout":
-        with record_attention(model.vision) as (qkvs, outputs):
+        layers = [block.attn for block in model.vision.blocks]
+        with (
+            record([layer.qkv for layer in layers]) as qkvs,  # each (1, N, 3 C)
+            record([layer.proj for layer in layers], inputs=True) as outputs,  # each (1, N, C)
+        ):
             gradients = score_gradients(model, volume, t, pairs, outputs)
         layers = [(qkv[0], gradient[0]) for qkv, gradient in zip(qkvs, gradients)]
         row = rollout(layers, model.config.vit_heads)  # (1 + N,), the first is the CLS token's
         grid = row[1:].view([size // step for size, step in zip(hu.shape, model.config.patch)])
     else:
-        with record_stages(model.vision) as stages:
+        with record(model.vision.blocks) as stages:  # each (1, C, gx, gy, gz)
             gradients = score_gradients(model, volume, t, pairs, stages)
         grid = gradcam(stages, gradients)
     return within_patient(grid.cpu().numpy(), hu, model.config)
@@ -74,8 +77,6 @@ def score_gradients(model, volume, t, pairs, recorded):
     score = zero_shot_scores(v, model.bridge(v), t, model.bridge(t), pairs)  # (1, 1)
     return torch.autograd.grad(score.sum(), recorded)
 
-
-# ---- what is recorded while the encoder runs
 
 @contextmanager
 def record(modules, inputs=False):
@@ -91,25 +92,8 @@ def record(modules, inputs=False):
         yield tensors
 
 
-@contextmanager
-def record_attention(vision):
-    """Of each layer qkv (1, N, 3 C), and the attention's output before its projection (1, N, C)."""
-    layers = [block.attn for block in vision.blocks]
-    with (
-        record([layer.qkv for layer in layers]) as qkvs,
-        record([layer.proj for layer in layers], inputs=True) as outputs,
-    ):
-        yield qkvs, outputs
-
-
-def record_stages(vision):
-    """Features (1, C, gx, gy, gz) after each block of a CNN."""
-    return record(vision.blocks)
-
-
 # ---- the three maps
 
-@torch.no_grad()
 def similarity(model, volume, t):
     """Cosine of each cell's projected feature with the prompt t (1, d): (gx, gy, gz)."""
     _, features = model.vision(model.normalise(volume))  # (1, gx, gy, gz, C)
@@ -117,7 +101,6 @@ def similarity(model, volume, t):
     return (features @ F.normalize(t, dim=-1)[0])[0]
 
 
-@torch.no_grad()
 def rollout(layers, heads, rows=256):
     """Attention rolled out over the layers, weighted by gradients (Chefer et al. 2021): (N,).
 
@@ -139,7 +122,6 @@ def rollout(layers, heads, rows=256):
     return row
 
 
-@torch.no_grad()
 def gradcam(stages, gradients):
     """Positive part of features times their gradient (HiResCAM, Draelos and Carin 2020).
 
@@ -168,24 +150,22 @@ def patient_box(hu):
 
 def within_patient(grid, hu, config):
     """A map (gx, gy, gz) with its minimum in the cells that lie outside the patient's box."""
-    where = cells(grid, replace(config, shape=hu.shape))
-    inside = []
+    inside, where = [], cells(grid, hu.shape, config)
     for n, box, stride, offset in zip(grid.shape, patient_box(hu), *where):
-        centre = np.arange(n) * stride + offset
-        before, after = centre < box.start - stride / 2, centre > box.stop - 1 + stride / 2
-        inside.append(~(before | after))
+        centre, reach = np.arange(n) * stride + offset, stride / 2
+        inside.append((centre >= box.start - reach) & (centre <= box.stop - 1 + reach))
     inside = np.ix_(*inside)
     out = np.full_like(grid, grid.min())
     out[inside] = grid[inside]
     return out
 
 
-def cells(grid, config):
-    """Voxels of the preprocessed volume from cell centre to cell centre, and the first centre."""
+def cells(grid, shape, config):
+    """Voxels of a volume of this shape from cell centre to cell centre, and the first centre."""
     if config.vision == "vit":
         patch = np.array(config.patch)
         return patch, (patch - 1) / 2
-    halved = np.ceil(np.log2(np.divide(config.shape, grid.shape)))
+    halved = np.ceil(np.log2(np.divide(shape, grid.shape)))
     return 2 ** halved, np.zeros(3)  # strided, padded convolutions start at voxel 0
 
 
@@ -195,15 +175,14 @@ def to_scan(grid, volume, config):
     Inverse of data.preprocess; voxels that it cropped away get 0.
     """
     weights = []
-    strides, offsets = cells(grid, config)
-    for axis, (size, n) in enumerate(zip(volume.hu.shape, grid.shape)):
-        spacing, spacing_out = volume.spacing[axis], config.spacing[axis]
-        resampled, shape = max(1, round(size * spacing / spacing_out)), config.shape[axis]
-        both = min(resampled, shape)
-        cropped, padded = (resampled - both) // 2, (shape - both) // 2
+    axes = zip(volume.hu.shape, volume.spacing, config.spacing, config.shape, grid.shape,
+               *cells(grid, config.shape, config))
+    for size, spacing, spacing_out, shape, n, stride, offset in axes:
+        resampled = max(1, round(size * spacing / spacing_out))
+        cropped = int((resampled - shape) / 2)  # at the lower end; below 0 where it was padded
         # where each voxel of the scan lies: in voxels of the preprocessed volume, then in cells
-        voxel = np.arange(size) * spacing / spacing_out - cropped + padded
-        cell = np.clip((voxel - offsets[axis]) / strides[axis], 0, n - 1)
+        voxel = np.arange(size) * spacing / spacing_out - cropped
+        cell = np.clip((voxel - offset) / stride, 0, n - 1)
         weight = np.maximum(0, 1 - np.abs(cell[:, None] - np.arange(n)))  # (size, n)
         weight[(voxel <= -0.5) | (voxel >= shape - 0.5)] = 0
         weights.append(weight.astype(np.float32))
@@ -276,6 +255,6 @@ def near_lesion(path, name, config):
 
 def peak_voxel(grid, hu, config):
     """Voxel (x, y, z) of hu (X, Y, Z) at the centre of the map's largest cell."""
-    stride, offset = cells(grid, config)
+    stride, offset = cells(grid, hu.shape, config)
     cell = np.unravel_index(grid.argmax(), grid.shape) * stride + offset
     return tuple(np.minimum(cell, np.array(hu.shape) - 1).astype(int))

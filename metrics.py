@@ -18,6 +18,7 @@ Example:
     assert metrics.auroc(scores, labels).tolist() == [0.75, 1.0] and low[0] <= 0.75 <= high[0]
 """
 import math
+from functools import partial
 
 import numpy as np
 import torch
@@ -32,8 +33,12 @@ METRICS = (
 
 def auroc(scores, labels):
     """Area under the ROC curve of each class: (N, C) -> (C,); NaN without both kinds of case."""
-    scores, labels = _checked(scores, labels)
-    return np.array([_auroc(s, y) for s, y in zip(scores.T, labels.T)])
+    return _by_class(_auroc, *_checked(scores, labels))
+
+
+def _by_class(function, *arrays):
+    """A function's values of the columns of arrays (N, C), one after another: (..., C)."""
+    return np.stack(list(map(function, *map(np.transpose, arrays))), axis=-1)
 
 
 def _auroc(scores, labels):
@@ -60,9 +65,11 @@ def per_class(scores, labels, thresholds):
     NaN scores and labels other than 0, 1, NaN.
     """
     scores, labels = _checked(scores, labels)
-    auprc = [_average_precision(s, y) for s, y in zip(scores.T, labels.T)]
-    counted = _counted(scores, labels, thresholds, lambda cases: cases.sum(0, dtype=np.float64))
-    return {"auroc": auroc(scores, labels), "auprc": np.array(auprc), **counted}
+    return {
+        "auroc": _by_class(_auroc, scores, labels),
+        "auprc": _by_class(_average_precision, scores, labels),
+        **_counted(scores, labels, thresholds, lambda cases: cases.sum(0, dtype=np.float64)),
+    }
 
 
 def _average_precision(scores, labels):
@@ -85,26 +92,25 @@ def _counted(scores, labels, thresholds, count):
     """The metrics that count cases; count: cases (N, C), bool -> their number, float (..., C)."""
     thresholds = np.broadcast_to(np.asarray(thresholds, np.float64), scores.shape)
     positive, negative, predicted = labels == 1, labels == 0, scores > thresholds
+    positives, negatives = count(positive), count(negative)
     tp, fp = count(positive & predicted), count(negative & predicted)
-    fn, tn = count(positive & ~predicted), count(negative & ~predicted)
-    known = tp + fn + fp + tn
-    f1 = _ratio(2 * tp, 2 * tp + fp + fn)
-    f1_of_negatives = _ratio(2 * tn, 2 * tn + fp + fn)
+    tn, wrong, known = negatives - fp, positives - tp + fp, positives + negatives
+    f1 = _ratio(2 * tp, 2 * tp + wrong)
+    f1_of_negatives = _ratio(2 * tn, 2 * tn + wrong)
     out = {
         "f1": f1,
-        "f1_weighted": _ratio((tp + fn) * f1 + (fp + tn) * f1_of_negatives, known),
+        "f1_weighted": _ratio(positives * f1 + negatives * f1_of_negatives, known),
         "accuracy": _ratio(tp + tn, known),
         "precision": _ratio(tp, tp + fp),
-        "recall": _ratio(tp, tp + fn),
-        "specificity": _ratio(tn, fp + tn),
+        "recall": _ratio(tp, positives),
+        "specificity": _ratio(tn, negatives),
     }
     undefined = np.isnan(thresholds).any(0) | (known == 0)
     return {key: np.where(undefined, np.nan, value) for key, value in out.items()}
 
 
 def _ratio(numerator, denominator):
-    out = np.zeros_like(numerator)
-    return np.divide(numerator, denominator, out=out, where=denominator > 0)
+    return numerator / np.maximum(denominator, 1)  # counts: where this is 0, so is the other
 
 
 def _checked(scores, labels):
@@ -136,7 +142,7 @@ def top_k(scores, labels, k):
     these k that it has. Classes with a known label are ranked within each row of scores (N, C). A
     scan without any is left out, of recall also one without an abnormality.
     """
-    scores, labels = np.asarray(scores, np.float64), np.asarray(labels, np.float64)
+    scores, labels = _checked(scores, labels)
     known, present = ~np.isnan(labels), labels == 1
     scores = np.where(known, scores, -np.inf)
     rank = (scores[:, None, :] >= scores[:, :, None]).sum(-1)  # 1 = best; ties share the worst
@@ -162,7 +168,7 @@ def by_scan(values, scans):
 
     scans (N,): the scan of each volume. The scans come in the order of their first volume.
     """
-    _, first, index = np.unique(np.asarray(scans), return_index=True, return_inverse=True)
+    _, first, index = np.unique(scans, return_index=True, return_inverse=True)
     sums = np.zeros((len(first), values.shape[1]))
     np.add.at(sums, index, values)
     return (sums / np.bincount(index)[:, None])[np.argsort(first)]
@@ -181,7 +187,7 @@ def bootstrap(scores, labels, groups, thresholds, n=1000, seed=0):
     influence. The same as per_class of the cases of each resample, to rounding.
     """
     scores, labels = _checked(scores, labels)
-    patients, groups = np.unique(np.asarray(groups), return_inverse=True)
+    patients, groups = np.unique(groups, return_inverse=True)
     drawn = np.random.default_rng(seed).integers(len(patients), size=(n, len(patients)))
     counts = np.stack([np.bincount(line, minlength=len(patients)) for line in drawn], axis=1)
     return _weighted(scores, labels, thresholds, torch.from_numpy(counts[groups]).float())
@@ -193,13 +199,11 @@ def _weighted(scores, labels, thresholds, weights):
     def total(cases):
         return (weights.T @ torch.from_numpy(cases).float()).double().numpy()
 
-    areas = [_weighted_areas(s, y, weights) for s, y in zip(scores.T, labels.T)]
-    areas = np.stack(areas, axis=-1)  # (2, n, C)
-    counted = _counted(scores, labels, thresholds, total)
-    return {"auroc": areas[0], "auprc": areas[1], **counted}
+    auroc, auprc = _by_class(partial(_weighted_areas, weights), scores, labels)  # each (n, C)
+    return {"auroc": auroc, "auprc": auprc, **_counted(scores, labels, thresholds, total)}
 
 
-def _weighted_areas(scores, labels, weights):
+def _weighted_areas(weights, scores, labels):
     """AUROC and average precision of one class: (2, n).
 
     Both are sums over the positives. So the cases are tallied between the K distinct scores of
@@ -251,21 +255,16 @@ def delong(scores_a, scores_b, labels, groups=None):
     scores_a, scores_b = np.asarray(scores_a, np.float64), np.asarray(scores_b, np.float64)
     labels = np.asarray(labels, np.float64)
     if labels.ndim == 2:
-        columns = zip(scores_a.T, scores_b.T, labels.T)
-        return np.array([delong(a, b, y, groups) for a, b, y in columns])
+        return _by_class(partial(delong, groups=groups), scores_a, scores_b, labels)
     positive, negative = labels == 1, labels == 0
     if not positive.any() or not negative.any():
         return np.nan
-    positives_a, negatives_a = placements(scores_a, positive, negative)
-    positives_b, negatives_b = placements(scores_b, positive, negative)
-    of_positives, of_negatives = positives_a - positives_b, negatives_a - negatives_b
-    difference = of_positives.mean()
+    shift = placements(scores_a, labels) - placements(scores_b, labels)  # (N,)
+    difference = shift[positive].mean()
     if groups is None:
-        variance = _variance_of_mean(of_positives) + _variance_of_mean(of_negatives)
+        variance = _variance_of_mean(shift[positive]) + _variance_of_mean(shift[negative])
     else:
-        influence = np.zeros(len(labels))
-        influence[positive] = (of_positives - difference) / len(of_positives)
-        influence[negative] = (of_negatives - difference) / len(of_negatives)
+        influence = (shift - difference) / np.where(positive, positive.sum(), negative.sum())
         known = positive | negative
         patients, index = np.unique(np.asarray(groups)[known], return_inverse=True)
         if len(patients) == 1:
@@ -281,15 +280,17 @@ def _variance_of_mean(values):
     return np.var(values, ddof=1) / len(values) if len(values) > 1 else np.inf
 
 
-def placements(scores, positive, negative):
-    """The shares of negatives below each positive and of positives above each negative, ties half.
+def placements(scores, labels):
+    """The share of the opposite cases that are on the right side of each case: (N,) -> (N,).
 
-    positive, negative (N,) are masks. The mean of either share is the AUROC.
+    Ties count half; NaN where the label is. The mean over the positives, or over the negatives, is
+    the AUROC.
     """
-    positives, negatives = scores[positive], scores[negative]
-    below = _ranks_among(negatives, positives) / len(negatives)
-    above = 1 - _ranks_among(positives, negatives) / len(positives)
-    return below, above
+    positives, negatives = scores[labels == 1], scores[labels == 0]
+    shares = np.full(len(scores), np.nan)
+    shares[labels == 1] = _ranks_among(negatives, positives) / len(negatives)
+    shares[labels == 0] = 1 - _ranks_among(positives, negatives) / len(positives)
+    return shares
 
 
 # ---- 4. Thresholds -------------------------------------------------------------------------------
@@ -300,13 +301,13 @@ def best_thresholds(scores, labels):
     NaN without both kinds of case. Fitted on the very labels that are then scored, as is common in
     the field, it flatters (evaluate.py --threshold oracle).
     """
-    return np.array([_youden(s, y) for s, y in zip(scores.T, labels.T)])
+    return _by_class(_youden, scores, labels)
 
 
 def nearest_thresholds(scores, labels):
     """The threshold of each class whose point of the ROC curve is nearest to (0, 1), as (N, C) ->
     (C,): the authors' choice, of equal ones the highest. NaN without both kinds of case."""
-    return np.array([_nearest(s, y) for s, y in zip(scores.T, labels.T)])
+    return _by_class(_nearest, scores, labels)
 
 
 def _youden(scores, labels):
@@ -339,16 +340,14 @@ def split_half_thresholds(scores, labels, groups, seed=0):
     The halves are drawn for each class with its positive patients in equal parts. NaN for a class
     with too few patients to split.
     """
-    patients, index = np.unique(np.asarray(groups), return_inverse=True)
+    patients, index = np.unique(groups, return_inverse=True)
     rng, out = np.random.default_rng(seed), np.empty(np.shape(scores))
     for c in range(out.shape[1]):
         affected = np.bincount(index, labels[:, c] == 1) > 0
         order = rng.permutation(len(patients))
         order = order[np.argsort(affected[order], kind="stable")]  # healthy first, both shuffled
-        half = np.empty(len(patients), int)
-        half[order] = np.arange(len(patients)) % 2
-        for side in (0, 1):
-            judged = half[index] == side
+        even = (np.argsort(order) % 2 == 0)[index]  # by the patient's place in that order
+        for judged in (even, ~even):
             out[judged, c] = _youden(scores[~judged, c], labels[~judged, c])
     return out
 
@@ -366,7 +365,7 @@ def retrieval(v, t, items=None, ks=(1, 5, 10, 50, 100)):
     (reconstructions) are all right for each other, and it is one candidate.
     """
     v, t = _unit(v), _unit(t)
-    items = np.arange(len(v)) if items is None else np.asarray(items)
+    items = np.arange(len(v)) if items is None else items
     _, first, report = np.unique(items, return_index=True, return_inverse=True)
     report, t = torch.from_numpy(report), t[first]  # (N,), (R, d)
     reports = torch.arange(len(t))
@@ -399,7 +398,7 @@ def map_at_k(v, labels, groups, ks=(1, 5, 10, 50)):
     """
     v = _unit(v)
     present = torch.from_numpy(np.asarray(labels) == 1).float()
-    patient = torch.from_numpy(np.unique(np.asarray(groups), return_inverse=True)[1])
+    patient = torch.from_numpy(np.unique(groups, return_inverse=True)[1])
     deepest = min(max(ks), len(v))
     hits, n_right, chance = [], [], []
     for rows in torch.arange(len(v)).split(1024):
@@ -427,14 +426,12 @@ def modality_gap(v, t):
     """
     v, t = _unit(v, torch.float64), _unit(t, torch.float64)
     n, pairs = len(v), (v * t).sum()
-    nonpairs = math.nan
-    if n > 1:
-        nonpairs = float((v.sum(0) @ t.sum(0) - pairs) / (n * (n - 1)))
+    nonpairs = v.sum(0) @ t.sum(0) - pairs
     return {
         "centroid_distance": float((v.mean(0) - t.mean(0)).norm()),
         "linear_separability": linear_separability(v, t),
         "cosine_pairs": float(pairs / n),
-        "cosine_nonpairs": nonpairs,
+        "cosine_nonpairs": float(nonpairs / (n * (n - 1) or math.nan)),
     }
 
 
@@ -447,7 +444,7 @@ def linear_separability(v, t):
     for held_out in (0, 1):
         test = fold == held_out
         x = torch.cat([v[~test], t[~test]])
-        y = torch.cat([torch.ones(len(x) // 2), -torch.ones(len(x) // 2)]).to(x)
+        y = x.new_tensor([1, -1]).repeat_interleave(len(x) // 2)
         weight, bias = ridge(x, y[:, None])
         right += [v[test] @ weight + bias > 0, t[test] @ weight + bias <= 0]
     return float(torch.cat(right).double().mean())
@@ -473,7 +470,7 @@ def linear_probe(v_train, labels, patients, v):
     patients (M,) when fitted on the other half.
     """
     x, new = F.normalize(v_train, dim=-1).double(), F.normalize(v, dim=-1).double()
-    half = np.unique(np.asarray(patients), return_inverse=True)[1] % 2
+    half = np.unique(patients, return_inverse=True)[1] % 2
     fitted, held_out = half == 0, half == 1
 
     def trial(strength):

@@ -17,7 +17,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from heatmap import heatmap, to_scan
-from metrics import auroc, placements, roc_curve
+from metrics import METRICS, auroc, placements, roc_curve
 
 PHANTOM_WARNING = (
     "this model was trained on the phantom, synthetic scans; it knows nothing about patients")
@@ -29,9 +29,8 @@ BLUE, ORANGE, GREY = "#2563b0", "#c8641b", "#c5ccd5"
 
 def evaluation_table(result):
     """What the terminal shows of an evaluation."""
-    lines = [_counts(result)]
-    if result.get("trained_on") == "phantom":
-        lines.insert(0, f"note: {PHANTOM_WARNING}")
+    lines = [f"note: {text}" for text in _notes(result)]
+    lines.append(_counts(result))
     lines.append(table(result) if "volume" in result else "no labels, so no metrics")
     for name, values in result.get("scan", {}).get("macro", {}).items():
         line = f"macro AUROC per scan, {name}: {_percent(values['auroc'])}"
@@ -80,9 +79,10 @@ def volume_table(result):
 
 
 def _notes(result):
-    """What is to be known of one scan's result before it is read."""
-    warning = [result["warning"]] if "warning" in result else []
-    return warning + [f"the scan: {text}" for text in result["problems"]]
+    """What is to be known of a result before it is read."""
+    phantom = "warning" in result or result.get("trained_on") == "phantom"
+    notes = [PHANTOM_WARNING] if phantom else []
+    return notes + [f"the scan: {text}" for text in result.get("problems", ())]
 
 
 def _named(level):
@@ -118,34 +118,31 @@ def planes_png(heat, volume, title=""):
 
     As a radiologist hangs them: the patient's right on the left, the head up.
     """
-    x, y, z = np.unravel_index(heat.argmax(), heat.shape)
-    dx, dy, dz = volume.spacing
-    planes = (  # where to cut, height / width of a voxel, the maximum, where row 0 is
-        (np.s_[:, :, z], dy / dx, (x, y), "upper"),
-        (np.s_[:, y], dz / dx, (x, z), "lower"),
-        (np.s_[x], dz / dy, (y, z), "lower"),
-    )
+    maximum = np.unravel_index(heat.argmax(), heat.shape)
+    planes = ((2, 0, 1), (1, 0, 2), (0, 1, 2))  # the axis that is cut, the ones across and up
     figure = Figure(figsize=(9, 3.1), facecolor="black")
-    for axes, (cut, aspect, maximum, origin) in zip(figure.subplots(1, 3), planes):
-        hu, plane, view = volume.hu[cut].T, heat[cut].T, {"aspect": aspect, "origin": origin}
+    for axes, (axis, across, up) in zip(figure.subplots(1, 3), planes):
+        hu, plane = (np.take(whole, maximum[axis], axis).T for whole in (volume.hu, heat))
+        aspect = volume.spacing[up] / volume.spacing[across]
+        view = {"aspect": aspect, "origin": "upper" if axis == 2 else "lower"}
         axes.imshow(hu, cmap="gray", vmin=-1000, vmax=400, **view)
         axes.imshow(plane, cmap="inferno", vmin=0, vmax=1, alpha=0.6 * plane, **view)
-        axes.plot(*maximum, "+", color="cyan", markersize=12)
+        axes.plot(maximum[across], maximum[up], "+", color="cyan", markersize=12)
         axes.axis("off")
     figure.subplots_adjust(0.005, 0.005, 0.995, 0.9 if title else 0.995, 0.01)
     figure.suptitle(title, color="white", fontsize=10)
     return _png(figure, 90)
 
 
-def roc_png(scores, labels, classes, columns=6):
+def roc_png(scores, labels, classes):
     """The ROC curves of scores (N, C), labels (N, C): one small plot a class that has one."""
     values = auroc(scores, labels)
     known = np.flatnonzero(~np.isnan(values))
-    lines = math.ceil(len(known) / columns)
+    lines = math.ceil(len(known) / 6)
     figure = Figure(figsize=(11, 2.2 * lines), layout="constrained")
-    ends = {"xticks": [0, 1], "yticks": [0, 1], "aspect": "equal"}
     for place, c in enumerate(known, 1):
-        axes = figure.add_subplot(lines, columns, place, **ends)
+        axes = figure.add_subplot(lines, 6, place)
+        axes.set(xticks=[0, 1], yticks=[0, 1], aspect="equal")
         axes.plot([0, 1], "--", color=GREY)
         axes.plot(*roc_curve(scores[:, c], labels[:, c]), color=BLUE)
         title = f"{fill(classes[c], 22)}\n{_percent(values[c])}"
@@ -160,12 +157,17 @@ def gap_png(planes):
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     titles = ("before the bank: v, t", "after the bank: v_hat, t_hat")
     for axes, title, sides in zip(figure.subplots(1, 2), titles, planes.values()):
-        for points, colour, name in zip(sides, (BLUE, ORANGE), ("volumes", "texts")):
-            axes.scatter(*np.transpose(points), s=9, alpha=0.6, color=colour, label=name)
+        draw_clouds(axes, sides)
         axes.set_title(title, fontsize=10)
-        axes.set_aspect("equal", "datalim")
         axes.legend(frameon=False)
     return _png(figure, 100)
+
+
+def draw_clouds(axes, sides):
+    """Draw volumes and texts, each (N, 2), into a plot."""
+    for points, colour, name in zip(sides, (BLUE, ORANGE), ("volumes", "texts")):
+        axes.scatter(*np.transpose(points), s=9, alpha=0.6, color=colour, label=name)
+    axes.set_aspect("equal", "datalim")
 
 
 def _png(figure, dpi):
@@ -176,14 +178,15 @@ def _png(figure, dpi):
 
 # ---- pieces of HTML
 
-def page(title, *parts):
-    """One self-contained HTML page."""
+def page(title, result, *parts):
+    """One self-contained HTML page, which begins with what is to be known of its result."""
     title = escape(title)
+    notes = [f"<p class=note>Note: {escape(text)}.</p>" for text in _notes(result)]
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
         f"<title>{title}</title><style>{STYLE.read_text()}</style></head>"
-        f"<body><h1>{title}</h1>{''.join(parts)}</body></html>\n"
+        f"<body><h1>{title}</h1>{''.join([*notes, *parts])}</body></html>\n"
     )
 
 
@@ -225,8 +228,6 @@ def _words(key):
 def report_page(result, scores, labels, rows, study=None):
     """report.html of an evaluation: scores, labels (N, C) of the rows; with a study, heat maps."""
     parts = [f"<p>{escape(_counts(result))}.</p>"]
-    if result.get("trained_on") == "phantom":
-        parts.insert(0, f"<p class=note>Note: {PHANTOM_WARNING}.</p>")
     if "volume" in result:
         parts += [_headline(result), _diagnosis(result)]
         if result["volume"]["macro"]:
@@ -243,7 +244,7 @@ def report_page(result, scores, labels, rows, study=None):
     if study and "volume" in result:
         figures = "".join(wrong_figures(result, scores, labels, rows, study))
         parts.append(f"<h2>Most wrong</h2><div class=pair>{figures}</div>")
-    return page("BrgSA: zero-shot evaluation", *parts, _about(result))
+    return page("BrgSA: zero-shot evaluation", result, *parts, _about(result))
 
 
 def _headline(result):
@@ -284,12 +285,10 @@ def _diagnosis(result):
 
 def metrics_table(result):
     """The volume level's macro means and classes as HTML, AUROC as bars with their intervals."""
-    head = ["", "positive", "AUROC", "95 % interval", "0 <small>(chance ½)</small> 1"]
-    keys = ["auprc", "f1", "f1_weighted", "accuracy", "precision", "recall", "specificity"]
-    head += map(_words, keys)
+    columns = {key: _words(key) for key in METRICS[1:]}
     if "probe" in result:
-        head.insert(5, "linear probe")
-        keys.insert(0, "probe_auroc")
+        columns = {"probe_auroc": "linear probe"} | columns
+    head = ["", "positive", "AUROC", "95 % interval", "0 <small>(chance ½)</small> 1"]
     macros, classes = _named(result["volume"])
     lines = []
     for name, positives, values in macros + classes:
@@ -297,15 +296,15 @@ def metrics_table(result):
         bar = _bar(values["auroc"], ends, values.get("probe_auroc", math.nan))
         interval = "–".join(map(_percent, ends))
         line = [escape(name), positives, f"<b>{_percent(values['auroc'])}</b>", interval, bar]
-        lines.append(line + [_percent(values[key]) for key in keys])
-    return html_table(head, lines, len(macros))
+        lines.append(line + [_percent(values[key]) for key in columns])
+    return html_table([*head, *columns.values()], lines, len(macros))
 
 
 def _compare(result):
     other, lines = result["compare"], []
     for name, values in other["classes"].items():
-        aurocs = _percent(values["auroc"]), _percent(values["other"])
-        lines.append([escape(name), *aurocs, f"{values['p']:.2g}"])
+        *aurocs, p = values.values()
+        lines.append([escape(name), *map(_percent, aurocs), f"{p:.2g}"])
     return (
         f"<h2>Beside {escape(other['with'])}</h2>"
         f"<p>Macro AUROC difference, with its 95 % interval: {_difference(other)}; "
@@ -361,8 +360,8 @@ def _bank(result):
 def _pointing(result):
     lines = []
     for name, values in result["pointing"].items():
-        shares = [_percent(values[key]) for key in ("hit", "chance", "elsewhere")]
-        lines.append([escape(name), values["volumes"], *shares])
+        volumes, *shares = values.values()  # hit, chance, elsewhere
+        lines.append([escape(name), volumes, *map(_percent, shares)])
     return (
         "<h2>Do heat maps point?</h2><p>How often, in per cent, a map's maximum lies within one "
         "patch of the drawn lesion.</p>" + html_table(
@@ -406,35 +405,30 @@ def most_wrong(scores, labels, rows, n=3):
     one false alarm a class, and one of all a scan. An error weighs as much as the class's AUROC:
     one of a class at chance says nothing.
     """
-    values, misses, alarms = auroc(scores, labels), [], []
-    for c in np.flatnonzero(~np.isnan(values)):
-        positive, negative = labels[:, c] == 1, labels[:, c] == 0
-        right = placements(scores[:, c], positive, negative)
-        for cases, members, shares in zip((misses, alarms), (positive, negative), right):
-            worst = np.argmin(shares)
-            wrong = 1 - shares[worst]
-            cases.append((values[c] * wrong, np.flatnonzero(members)[worst], c, wrong))
-    chosen, scans = [], set()
-    for cases in (misses, alarms):
-        most = len(chosen) + n
+    values, chosen = auroc(scores, labels), {}
+    for label in (1, 0):
+        cases, most = [], len(chosen) + n
+        for c in np.flatnonzero(~np.isnan(values)):
+            members = np.flatnonzero(labels[:, c] == label)
+            right = placements(scores[:, c], labels[:, c])[members]
+            worst = right.argmin()
+            wrong = 1 - right[worst]
+            cases.append((values[c] * wrong, members[worst], c, wrong))
         for _, i, c, wrong in sorted(cases, reverse=True):
-            if len(chosen) < most and rows[i].scan not in scans:
-                scans.add(rows[i].scan)
-                chosen.append((i, c, wrong))
-    return chosen
+            if len(chosen) < most:
+                chosen.setdefault(rows[i].scan, (i, c, wrong))
+    return list(chosen.values())
 
 
 # ---- the page of one scan
 
 def volume_page(result, pngs=()):
     """report.html of one scan: the findings, ranked, and the heat maps of the first of them."""
-    parts, lines, figures = [], [], []
-    for text in _notes(result):
-        parts.append(f"<p class=note>Note: {escape(text)}.</p>")
+    lines, figures = [], []
     ranked = "No percentile: the run lacks its training scans."
     if result["reference_scans"]:
-        scans = f"{result['reference_scans']} training scans"
-        ranked = f"Findings ranked by their place among the scores of {scans}."
+        scans = result["reference_scans"]
+        ranked = f"Findings ranked by their place among the scores of {scans} training scans."
     for finding in result["findings"]:
         place, bar = "–", ""
         if finding["percentile"] is not None:
@@ -444,10 +438,11 @@ def volume_page(result, pngs=()):
         lines.append([name, place, bar, f"{finding['score']:+.3f}"])
     for finding, png in zip(result["findings"], pngs):
         figures.append(heat_figure(png, escape(finding["heatmap"])))
-    parts += [
+    return page(
+        f"BrgSA: {Path(result['volume']).name}",
+        result,
         f"<p>{ranked} A research tool, not a medical device.</p>",
         html_table(["", "higher than %", "", "score"], lines),
         f"<h2>Where</h2><div class=pair>{''.join(figures)}</div>",
         f"<h2>Model</h2><p><code>{escape(result['model'])}</code></p>",
-    ]
-    return page(f"BrgSA: {Path(result['volume']).name}", *parts)
+    )
