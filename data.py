@@ -1006,12 +1006,12 @@ def _prepare_command(options):
     listing = f"skipped.{part}of{parts}.csv"
     if parts == 1:  # no other machine is writing now
         listing = "skipped.csv"
-        _sweep(cache.folder)
+        sweep(cache.folder)
     ready, skipped = prepare(rows, cache, options.workers, listing)
     print(f"{options.out}: {len(ready)} volumes ready, {len(skipped)} skipped")
 
 
-def _sweep(folder):
+def sweep(folder):
     """Remove what processes that are gone have left half written."""
     for file in folder.glob(".*.tmp"):
         try:

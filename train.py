@@ -83,11 +83,10 @@ class Settings:
 
 SCHEDULES = {
     "base": {},
-    # A reconstruction loss of the authors' weight draws all embeddings into one point early on; so
-    # does a text encoder that learns as fast as the vision encoder.
+    # A text encoder that learns as fast as the vision encoder draws all embeddings into one point.
     "phantom": dict(
         epochs=50, batch=32, optimizer="muon", lr=3e-3, text_lr=0.1, beta1=0.9, weight_decay=0.02,
-        schedule="cosine", warmup=30, clip=1.0, drawing="varied", alpha=0.02, holdout=0.1,
+        schedule="cosine", warmup=30, clip=1.0, drawing="varied", holdout=0.1,
     ),
 }
 
@@ -193,6 +192,8 @@ def train(settings):
 
     # the first process writes the run's folder
     if RANK == 0:
+        for folder in (run.out, run.out / "state"):
+            data.sweep(folder)
         record = json.dumps(asdict(settings), indent=1)
         data.write_atomically(run.out / "state" / "settings.json", record.encode())
         tokenizer = run.model.text.tokenizer.to_str()  # so that even the first epoch can be resumed

@@ -161,11 +161,14 @@ def test_a_killed_run_resumes_to_the_same_weights(tmp_path, optimizer):
         time.sleep(0.01)
     killed.send_signal(signal.SIGKILL)
     killed.wait()
+    torn = tmp_path / "run" / "state" / f".last.safetensors.{killed.pid}.tmp"
+    torn.write_text("what a kill within a save leaves")
     assert not (tmp_path / "run" / "reference.safetensors").exists()
     assert process(tmp_path, "--resume").wait() == 0
     for part in ("model.safetensors", "state/last.safetensors"):
         assert_close(load_file(tmp_path / "whole" / part), load_file(tmp_path / "run" / part))
     assert steps(tmp_path, "run") == steps(tmp_path, "whole")
+    assert not torn.exists()
 
 
 def assert_close(weights, others):
