@@ -265,39 +265,40 @@ WAYS = {"bank_attention": cmki.bank_attention, "eager": cmki.reference_attention
 def bench_attention(arguments):
     """The bank's attention beside eager torch and F.scaled_dot_product_attention."""
     name = torch.cuda.get_device_name() if CUDA else "CPU"
-    print(f"Bank of 2048 x 768; {name}; FLOP: 4 N K d forward, 12 N K d with backward")
+    print(f"Bank of 2048 x d; {name}; FLOP: 4 N K d forward, 12 N K d with backward")
     for dtype in ("float32", "bfloat16"):
         side = 8192 if CUDA else 2048
         matrix = torch.randn(side, side).to(DEVICE, getattr(torch, dtype))
         rate = 2 * side ** 3 / min(timed(lambda: matrix @ matrix) for _ in range(10))
         print(f"\n{dtype}: a matrix product runs at {rate / 1e9:.0f} GFLOP/s\n\n"
-              "| N | way | forward, ms | of that rate | forward + backward, ms | of that rate | "
-              "beside the faster peer | memory, MiB |\n|---|---|---|---|---|---|---|---|")
-        for n, rounds in ((64, 41), (2744, 9), (10976, 7)):
-            attention_rows(n, rounds, dtype, rate)
+              "| d | N | way | forward, ms | of that rate | forward + backward, ms | of that rate | "
+              "beside the faster peer | memory, MiB |\n|---|---|---|---|---|---|---|---|---|")
+        # At d 256 a GPU's half precision runs the Triton pair, at 768 chunked products.
+        for d, n, rounds in ((256, 10976, 7), (768, 64, 41), (768, 2744, 9), (768, 10976, 7)):
+            attention_rows(n, d, rounds, dtype, rate)
 
 
-def attention_rows(n, rounds, dtype, rate):
+def attention_rows(n, d, rounds, dtype, rate):
     """Print a row for each way with n queries; rate: of the matrix product, in FLOP/s."""
-    x, bank, gradient = attention_inputs(n, dtype)
+    x, bank, gradient = attention_inputs(n, d, dtype)
     calls = [partial(attend, x, bank) for attend in WAYS.values()]
     calls += [partial(forward_backward, attend, x, bank, gradient) for attend in WAYS.values()]
     medians(2, *calls)  # warms up
     forward, both = medians(rounds, *calls).reshape(2, len(WAYS))
     product = n * bank.numel() / rate  # seconds for N K d multiplications alone
     for i, way in enumerate(WAYS):
-        peak = in_new_process(f"attention_memory({way!r}, {n}, {dtype!r})")
-        print(f"| {n} | {way} | {1e3 * forward[i]:.2f} | {4 * product / forward[i]:.0%} | "
+        peak = in_new_process(f"attention_memory({way!r}, {n}, {d}, {dtype!r})")
+        print(f"| {d} | {n} | {way} | {1e3 * forward[i]:.2f} | {4 * product / forward[i]:.0%} | "
               f"{1e3 * both[i]:.2f} | {12 * product / both[i]:.0%} | "
               f"{both[i] / both[1:].min():.2f} | {peak / 2**20:.1f} |")
 
 
-def attention_inputs(n, dtype):
-    """x (n, 768) and an orthogonal bank (2048, 768) that want gradients; the output's gradient."""
+def attention_inputs(n, d, dtype):
+    """x (n, d) and an orthogonal bank (2048, d) that want gradients; the output's gradient."""
     torch.manual_seed(0)
     dtype = getattr(torch, dtype)
-    x, gradient = torch.randn(2, n, 768).to(DEVICE, dtype)
-    bank = torch.nn.init.orthogonal_(torch.empty(2048, 768)).to(DEVICE, dtype)
+    x, gradient = torch.randn(2, n, d).to(DEVICE, dtype)
+    bank = torch.nn.init.orthogonal_(torch.empty(2048, d)).to(DEVICE, dtype)
     return x.requires_grad_(), bank.requires_grad_(), gradient
 
 
@@ -307,10 +308,10 @@ def forward_backward(attend, x, bank, gradient):
     attend(x, bank).backward(gradient)
 
 
-def attention_memory(way, n, dtype):
+def attention_memory(way, n, d, dtype):
     """Peak bytes of a pass beyond inputs, output and gradients; on the CPU in a new process."""
-    forward_backward(WAYS[way], *attention_inputs(8, dtype))  # loads what is loaded once
-    x, bank, gradient = attention_inputs(n, dtype)
+    forward_backward(WAYS[way], *attention_inputs(8, d, dtype))  # loads what is loaded once
+    x, bank, gradient = attention_inputs(n, d, dtype)
     if CUDA:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

@@ -12,7 +12,7 @@ import data
 import evaluate
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = ("preprocess", "evaluate", "summarize", "attention", "ablation")
+COMMANDS = ("preprocess", "evaluate", "summarize", "attention", "ablation", "hostile")
 
 
 def run(*arguments):
