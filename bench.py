@@ -152,7 +152,7 @@ def coverage(rng, sets, truth=0.8):
         of_patient, of_volume = rng.normal(size=300)[patients], rng.normal(size=len(patients))
         scores = distance * labels + 0.8 ** 0.5 * of_patient + 0.2 ** 0.5 * of_volume
         for unit, groups in ("patients", patients), ("volumes", np.arange(len(patients))):
-            drawn = metrics.bootstrap(scores[:, None], labels[:, None], groups, [0.0])["auroc"]
+            drawn = metrics.bootstrap(scores[:, None], labels[:, None], groups, 0.0)["auroc"]
             low, high = metrics.interval(drawn[:, 0])
             held[unit] += low <= truth <= high
     print(f"\n| interval over | holds the true AUROC {truth} in |\n|---|---|")
@@ -367,9 +367,9 @@ def collect(run, rows):
     The groups are CT-RATE's classes and CT-RATE-LT's; the AUROC itself, then its resamples.
     """
     scores = evaluate.read_scores(run / "evaluation/scores.csv")
-    scores, labels, classes = evaluate.join(scores, rows)
+    scores, labels, _ = evaluate.join(scores, rows)
     patients = [row.patient for row in rows]
-    drawn = metrics.bootstrap(scores, labels, patients, np.zeros(len(classes)), n=2000)["auroc"]
+    drawn = metrics.bootstrap(scores, labels, patients, 0.0, n=2000)["auroc"]
     auroc = np.vstack([metrics.auroc(scores, labels), drawn])  # (1 + 2000, C)
     gap = json.loads((run / "evaluation/metrics.json").read_text())["gap"]
     keys = ("centroid_distance", "linear_separability")
