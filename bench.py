@@ -132,9 +132,9 @@ def bench_evaluate(arguments):
             for metric in (sk.f1_score, sk.accuracy_score, sk.precision_score, sk.recall_score):
                 metric(label, score > 0.5)
 
-    bootstrap = partial(metrics.bootstrap, scores, labels, patients, np.full(18, 0.5))
-    seconds, one = medians(9, bootstrap, peer)
-    peer_seconds = 1000 * one
+    bootstrap = partial(metrics.bootstrap, scores, labels, patients, 0.5)
+    seconds, one_resample = medians(10, bootstrap, peer)
+    peer_seconds = 1000 * one_resample
     print("| patient resamples | bootstrap, 8 metrics, s | scikit-learn, 6 metrics, s | ratio |\n"
           f"|---|---|---|---|\n| 1,000 of 3,039 volumes x 18 classes | {seconds:.3f} | "
           f"{peer_seconds:.1f} | {peer_seconds / seconds:.0f} |")
@@ -280,10 +280,11 @@ def bench_attention(arguments):
 def attention_rows(n, rounds, dtype, rate):
     """Print a row for each way with n queries; rate: of the matrix product, in FLOP/s."""
     x, bank, gradient = attention_inputs(n, dtype)
-    calls = [partial(attend, x, bank) for attend in WAYS.values()]
-    calls += [partial(forward_backward, attend, x, bank, gradient) for attend in WAYS.values()]
+    calls = []
+    for attend in WAYS.values():
+        calls += partial(attend, x, bank), partial(forward_backward, attend, x, bank, gradient)
     medians(2, *calls)  # warms up
-    forward, both = medians(rounds, *calls).reshape(2, len(WAYS))
+    forward, both = medians(rounds, *calls).reshape(-1, 2).T  # each (ways,)
     product = n * bank.numel() / rate  # seconds for N K d multiplications alone
     for i, way in enumerate(WAYS):
         peak = in_new_process(f"attention_memory({way!r}, {n}, {dtype!r})")
@@ -414,8 +415,7 @@ def ablation_figure(pictures):
     for column, (arm, picture) in zip(grid.T, pictures.items()):
         titles = (arm, "after the bank" if ARMS[arm][1] else "no bank")
         for axes, title, clouds in zip(column, titles, picture.values()):
-            axes.set(xticks=[], yticks=[])
-            axes.set_title(title)
+            axes.set(xticks=[], yticks=[], title=title)
             if title == "no bank":
                 axes.set_axis_off()
             else:

@@ -224,11 +224,10 @@ def pointing(model, cache, rows, masks, prompts, pairs):
         affected = [row for row in rows if row.labels.get(name) == 1 and name in prompts]
         for row in affected[:25]:
             hu = cache.read(row)
-            near = near_lesion(masks / f"{row.name}.nii.gz", name, model.config)
             grid = heatmap(model, hu, prompts[name]["positive"], pairs=pairs)
-            nears.append(near)
             peaks.append(peak_voxel(grid, hu, model.config))
-            chances.append(near[patient_box(hu)].mean())
+            nears.append(near_lesion(masks / f"{row.name}.nii.gz", name, model.config))
+            chances.append(nears[-1][patient_box(hu)].mean())
         if affected:
             hits = [near[peak] for near, peak in zip(nears, peaks)]
             elsewhere = [near[peak] for near, peak in zip(nears[1:], peaks)]

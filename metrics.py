@@ -325,7 +325,7 @@ def _cuts(scores, labels):
         return np.full((3, 1), np.nan)
     levels = np.unique(np.append(positive, negative))
     between = (levels[:-1] + levels[1:]) / 2
-    cuts = np.concatenate(([levels[0] - 1e-6], between, levels[-1:]))
+    cuts = np.r_[levels[0] - 1e-6, between, levels[-1]]
     specificity = np.searchsorted(negative, cuts, "right") / len(negative)
     missed = np.searchsorted(positive, cuts, "right") / len(positive)
     return cuts, specificity, missed
