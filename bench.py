@@ -132,9 +132,9 @@ def bench_evaluate(arguments):
             for metric in (sk.f1_score, sk.accuracy_score, sk.precision_score, sk.recall_score):
                 metric(label, score > 0.5)
 
-    bootstrap = partial(metrics.bootstrap, scores, labels, patients, np.full(18, 0.5))
-    seconds, one = medians(9, bootstrap, peer)
-    peer_seconds = 1000 * one
+    bootstrap = partial(metrics.bootstrap, scores, labels, patients, 0.5)
+    seconds, one_resample = medians(10, bootstrap, peer)
+    peer_seconds = 1000 * one_resample
     print("| patient resamples | bootstrap, 8 metrics, s | scikit-learn, 6 metrics, s | ratio |\n"
           f"|---|---|---|---|\n| 1,000 of 3,039 volumes x 18 classes | {seconds:.3f} | "
           f"{peer_seconds:.1f} | {peer_seconds / seconds:.0f} |")
@@ -152,7 +152,7 @@ def coverage(rng, sets, truth=0.8):
         of_patient, of_volume = rng.normal(size=300)[patients], rng.normal(size=len(patients))
         scores = distance * labels + 0.8 ** 0.5 * of_patient + 0.2 ** 0.5 * of_volume
         for unit, groups in ("patients", patients), ("volumes", np.arange(len(patients))):
-            drawn = metrics.bootstrap(scores[:, None], labels[:, None], groups, [0.0])["auroc"]
+            drawn = metrics.bootstrap(scores[:, None], labels[:, None], groups, 0.0)["auroc"]
             low, high = metrics.interval(drawn[:, 0])
             held[unit] += low <= truth <= high
     print(f"\n| interval over | holds the true AUROC {truth} in |\n|---|---|")
@@ -281,10 +281,11 @@ def bench_attention(arguments):
 def attention_rows(n, d, rounds, dtype, rate):
     """Print a row for each way with n queries; rate: of the matrix product, in FLOP/s."""
     x, bank, gradient = attention_inputs(n, d, dtype)
-    calls = [partial(attend, x, bank) for attend in WAYS.values()]
-    calls += [partial(forward_backward, attend, x, bank, gradient) for attend in WAYS.values()]
+    calls = []
+    for attend in WAYS.values():
+        calls += partial(attend, x, bank), partial(forward_backward, attend, x, bank, gradient)
     medians(2, *calls)  # warms up
-    forward, both = medians(rounds, *calls).reshape(2, len(WAYS))
+    forward, both = medians(rounds, *calls).reshape(-1, 2).T  # each (ways,)
     product = n * bank.numel() / rate  # seconds for N K d multiplications alone
     for i, way in enumerate(WAYS):
         peak = in_new_process(f"attention_memory({way!r}, {n}, {d}, {dtype!r})")
@@ -368,9 +369,9 @@ def collect(run, rows):
     The groups are CT-RATE's classes and CT-RATE-LT's; the AUROC itself, then its resamples.
     """
     scores = evaluate.read_scores(run / "evaluation/scores.csv")
-    scores, labels, classes = evaluate.join(scores, rows)
+    scores, labels, _ = evaluate.join(scores, rows)
     patients = [row.patient for row in rows]
-    drawn = metrics.bootstrap(scores, labels, patients, np.zeros(len(classes)), n=2000)["auroc"]
+    drawn = metrics.bootstrap(scores, labels, patients, 0.0, n=2000)["auroc"]
     auroc = np.vstack([metrics.auroc(scores, labels), drawn])  # (1 + 2000, C)
     gap = json.loads((run / "evaluation/metrics.json").read_text())["gap"]
     keys = ("centroid_distance", "linear_separability")
@@ -415,8 +416,7 @@ def ablation_figure(pictures):
     for column, (arm, picture) in zip(grid.T, pictures.items()):
         titles = (arm, "after the bank" if ARMS[arm][1] else "no bank")
         for axes, title, clouds in zip(column, titles, picture.values()):
-            axes.set(xticks=[], yticks=[])
-            axes.set_title(title)
+            axes.set(xticks=[], yticks=[], title=title)
             if title == "no bank":
                 axes.set_axis_off()
             else:

@@ -101,12 +101,12 @@ def similarity(model, volume, t):
     return (features @ F.normalize(t, dim=-1)[0])[0]
 
 
-def rollout(layers, heads, rows=256):
+def rollout(layers, heads):
     """Attention rolled out over the layers, weighted by gradients (Chefer et al. 2021): (N,).
 
     layers: of each, first to last, qkv (N, 3 C) and the gradient of the attention's output (N, C).
     Of the product of all I + A only the CLS token's row is wanted, so this row goes through the
-    layers from the last to the first, and at most `rows` rows of any attention are in memory.
+    layers from the last to the first, and at most 256 rows of any attention are in memory.
     """
     tokens = len(layers[0][0])
     row = F.one_hot(torch.tensor(0), tokens).to(layers[0][0])
@@ -114,7 +114,7 @@ def rollout(layers, heads, rows=256):
         q, k, v = qkv.unflatten(1, (3, heads, -1)).permute(1, 2, 0, 3)  # each (heads, N, C / heads)
         gradient = gradient.unflatten(1, (heads, -1)).transpose(0, 1)  # (heads, N, C / heads)
         step = torch.zeros_like(row)
-        for part in row.nonzero()[:, 0].split(rows):
+        for part in row.nonzero()[:, 0].split(256):
             attention = torch.softmax(q[:, part] @ k.mT / q.shape[-1] ** 0.5, dim=-1)
             its_gradient = gradient[:, part] @ v.mT  # (heads, rows, N), as attention
             step += row[part] @ (attention * its_gradient).relu().mean(0)
@@ -224,11 +224,10 @@ def pointing(model, cache, rows, masks, prompts, pairs):
         affected = [row for row in rows if row.labels.get(name) == 1 and name in prompts]
         for row in affected[:25]:
             hu = cache.read(row)
-            near = near_lesion(masks / f"{row.name}.nii.gz", name, model.config)
             grid = heatmap(model, hu, prompts[name]["positive"], pairs=pairs)
-            nears.append(near)
             peaks.append(peak_voxel(grid, hu, model.config))
-            chances.append(near[patient_box(hu)].mean())
+            nears.append(near_lesion(masks / f"{row.name}.nii.gz", name, model.config))
+            chances.append(nears[-1][patient_box(hu)].mean())
         if affected:
             hits = [near[peak] for near, peak in zip(nears, peaks)]
             elsewhere = [near[peak] for near, peak in zip(nears[1:], peaks)]

@@ -59,10 +59,10 @@ def _ranks_among(others, scores):
 def per_class(scores, labels, thresholds):
     """Every metric of each class, as scikit-learn defines it: dict of METRICS, each (C,).
 
-    thresholds (C,) or (N, C): a case is predicted positive if score > threshold. A ratio is 0 where
-    its denominator is. Unknown labels are left out; a class without any label is NaN throughout,
-    one with a NaN threshold where a threshold matters. Raises ValueError for shapes that differ,
-    NaN scores and labels other than 0, 1, NaN.
+    thresholds (C,), (N, C) or a number: a case is predicted positive if score > threshold. A ratio
+    is 0 where its denominator is. Unknown labels are left out; a class without any label is NaN
+    throughout, one with a NaN threshold where a threshold matters. Raises ValueError for shapes
+    that differ, NaN scores and labels other than 0, 1, NaN.
     """
     scores, labels = _checked(scores, labels)
     return {
@@ -233,13 +233,12 @@ def _weighted_areas(weights, scores, labels):
     return torch.stack([area, average_precision]).numpy()
 
 
-def interval(samples, level=0.95):
-    """Percentile interval of samples (n, ...) along the first axis: (2, ...); NaN is left out."""
+def interval(samples):
+    """The middle 95 % of samples (n, ...) along the first axis: (2, ...); NaN is left out."""
     samples = np.asarray(samples)
     ends = np.full((2, *samples.shape[1:]), np.nan)
     usable = ~np.isnan(samples).all(axis=0)
-    percents = [50 - 50 * level, 50 + 50 * level]
-    ends[:, usable] = np.nanpercentile(samples[:, usable], percents, axis=0)
+    ends[:, usable] = np.nanpercentile(samples[:, usable], [2.5, 97.5], axis=0)
     return ends
 
 
@@ -252,8 +251,6 @@ def delong(scores_a, scores_b, labels, groups=None):
     to clustered data (Biometrics 53, 1997). NaN where a class lacks a positive or a negative, or
     there is but one patient; 1 where the two AUROCs are equal.
     """
-    scores_a, scores_b = np.asarray(scores_a, np.float64), np.asarray(scores_b, np.float64)
-    labels = np.asarray(labels, np.float64)
     if labels.ndim == 2:
         return _by_class(partial(delong, groups=groups), scores_a, scores_b, labels)
     positive, negative = labels == 1, labels == 0
@@ -328,7 +325,7 @@ def _cuts(scores, labels):
         return np.full((3, 1), np.nan)
     levels = np.unique(np.append(positive, negative))
     between = (levels[:-1] + levels[1:]) / 2
-    cuts = np.concatenate(([levels[0] - 1e-6], between, levels[-1:]))
+    cuts = np.r_[levels[0] - 1e-6, between, levels[-1]]
     specificity = np.searchsorted(negative, cuts, "right") / len(negative)
     missed = np.searchsorted(positive, cuts, "right") / len(positive)
     return cuts, specificity, missed
@@ -341,8 +338,8 @@ def split_half_thresholds(scores, labels, groups, seed=0):
     with too few patients to split.
     """
     patients, index = np.unique(groups, return_inverse=True)
-    rng, out = np.random.default_rng(seed), np.empty(np.shape(scores))
-    for c in range(out.shape[1]):
+    rng, out = np.random.default_rng(seed), np.empty(scores.shape)
+    for c in range(scores.shape[1]):
         affected = np.bincount(index, labels[:, c] == 1) > 0
         order = rng.permutation(len(patients))
         order = order[np.argsort(affected[order], kind="stable")]  # healthy first, both shuffled
@@ -358,7 +355,7 @@ def _unit(x, dtype=torch.float32):
     return F.normalize(torch.as_tensor(x).to(dtype), dim=-1)
 
 
-def retrieval(v, t, items=None, ks=(1, 5, 10, 50, 100)):
+def retrieval(v, t, items=None):
     """Recall@k and median rank both ways between volumes v (N, d) and their reports t (N, d).
 
     By cosine, ties counted against. items (N,): which report each row has; rows of one report
@@ -370,12 +367,12 @@ def retrieval(v, t, items=None, ks=(1, 5, 10, 50, 100)):
     report, t = torch.from_numpy(report), t[first]  # (N,), (R, d)
     reports = torch.arange(len(t))
     return {
-        "volume_to_report": _search(v, t, report, reports, ks),
-        "report_to_volume": _search(t, v, reports, report, ks),
+        "volume_to_report": _search(v, t, report, reports),
+        "report_to_volume": _search(t, v, reports, report),
     }
 
 
-def _search(queries, candidates, query_items, candidate_items, ks):
+def _search(queries, candidates, query_items, candidate_items):
     """Of each query the rank of its best candidate of the same item, 1 = first, as statistics."""
     ranks = []
     for rows in torch.arange(len(queries)).split(1024):
@@ -384,7 +381,7 @@ def _search(queries, candidates, query_items, candidate_items, ks):
         best = similarity.masked_fill(~right, -math.inf).amax(1, keepdim=True)
         ranks.append(((similarity >= best) & ~right).sum(1) + 1)
     ranks = torch.cat(ranks)
-    out = {f"recall@{k}": _mean((ranks <= k).double()) for k in ks}
+    out = {f"recall@{k}": _mean((ranks <= k).double()) for k in (1, 5, 10, 50, 100)}
     return out | {"median_rank": float(np.median(ranks)), "candidates": len(candidates)}
 
 
@@ -440,9 +437,8 @@ def linear_separability(v, t):
 
     A pair is never in both folds.
     """
-    fold, right = torch.arange(len(v)) % 2, []
-    for held_out in (0, 1):
-        test = fold == held_out
+    even, right = torch.arange(len(v)) % 2 == 0, []
+    for test in (even, ~even):
         x = torch.cat([v[~test], t[~test]])
         y = x.new_tensor([1, -1]).repeat_interleave(len(x) // 2)
         weight, bias = ridge(x, y[:, None])
@@ -470,12 +466,11 @@ def linear_probe(v_train, labels, patients, v):
     patients (M,) when fitted on the other half.
     """
     x, new = F.normalize(v_train, dim=-1).double(), F.normalize(v, dim=-1).double()
-    half = np.unique(patients, return_inverse=True)[1] % 2
-    fitted, held_out = half == 0, half == 1
+    half = np.unique(patients, return_inverse=True)[1] % 2 == 0
 
     def trial(strength):
-        scores = _ridge_scores(x[fitted], labels[fitted], x[held_out], strength)
-        return np.nan_to_num(nanmean(auroc(scores, labels[held_out])))
+        scores = _ridge_scores(x[half], labels[half], x[~half], strength)
+        return np.nan_to_num(nanmean(auroc(scores, labels[~half])))
 
     return _ridge_scores(x, labels, new, max((1e-2, 0.1, 1, 10, 100), key=trial))
 

@@ -48,12 +48,12 @@ def evaluation_table(result):
     return "\n".join(lines)
 
 
-def table(result, level="volume"):
-    """One level of an evaluation, "volume" or "scan": a line a class and a line a macro mean."""
+def table(result):
+    """The volume level of an evaluation: a line a class and a line a macro mean."""
     keys = ("auprc", "f1", "accuracy", "precision", "recall", "specificity")
-    macros, classes = _named(result[level])
+    macros, classes = _named(result["volume"])
     width = max(len(name) for name, _, _ in classes + macros)
-    head = f"{'per ' + level:{width}}  positive  AUROC  95 % interval "
+    head = f"{'per volume':{width}}  positive  AUROC  95 % interval "
     lines = [head + "".join(f"{key:>13}" for key in keys)]
     for name, positives, values in classes + macros:
         ends = " to ".join(f"{_percent(end):>5}" for end in values["auroc_95"])
@@ -235,12 +235,12 @@ def report_page(result, scores, labels, rows, study=None):
             caption = "Dashed: chance. Above each curve: its AUROC in per cent."
             parts.append(f"<h2>ROC curves</h2>{heat_figure(curves, caption, 'ROC curves')}")
     sections = {
-        "compare": _compare, "retrieval": _retrieval, "gap": _gap, "bank": _bank,
-        "pointing": _pointing,
+        "compare": _compare, "retrieval": _retrieval, "gap_picture": _gap_picture, "gap": _gap,
+        "bank": _bank, "pointing": _pointing,
     }
     for key, section in sections.items():
         if result.get(key):
-            parts.append(section(result))
+            parts.append(section(result[key]))
     if study and "volume" in result:
         figures = "".join(wrong_figures(result, scores, labels, rows, study))
         parts.append(f"<h2>Most wrong</h2><div class=pair>{figures}</div>")
@@ -300,8 +300,8 @@ def metrics_table(result):
     return html_table([*head, *columns.values()], lines, len(macros))
 
 
-def _compare(result):
-    other, lines = result["compare"], []
+def _compare(other):
+    lines = []
     for name, values in other["classes"].items():
         *aurocs, p = values.values()
         lines.append([escape(name), *map(_percent, aurocs), f"{p:.2g}"])
@@ -312,9 +312,9 @@ def _compare(result):
     )
 
 
-def _retrieval(result):
+def _retrieval(ways):
     tables = {}
-    for way, values in result["retrieval"].items():
+    for way, values in ways.items():
         line = [_words(way)]
         for key, value in values.items():
             count = key in ("median_rank", "candidates")
@@ -328,21 +328,25 @@ def _retrieval(result):
     )
 
 
-def _gap(result):
+def _gap(gap):
     lines = []
-    for when, values in result["gap"].items():
+    for when, values in gap.items():
         lines.append([f"{when} the bank", *(f"{value:.2f}" for value in values.values())])
-    head = ["", *map(_words, result["gap"]["before"])]
-    caption = "Embeddings in the plane of their two first principal components."
-    points = heat_figure(gap_png(result["gap_picture"]), caption, "volumes and texts in the plane")
+    head = ["", *map(_words, gap["before"])]
     return (
-        f"<h2>Modality gap</h2>{points}{html_table(head, lines)}<p class=soft>Separability: "
+        f"{html_table(head, lines)}<p class=soft>Separability: "
         "held-out accuracy of telling volumes from texts, 0.5 = no gap.</p>"
     )
 
 
-def _bank(result):
-    bank, lines = result["bank"], []
+def _gap_picture(planes):
+    caption = "Embeddings in the plane of their two first principal components."
+    points = heat_figure(gap_png(planes), caption, "volumes and texts in the plane")
+    return f"<h2>Modality gap</h2>{points}"
+
+
+def _bank(bank):
+    lines = []
     for entry in bank["most_used"]:
         nearest = []
         for prompt, cosine in entry["prompts"]:
@@ -357,9 +361,9 @@ def _bank(result):
     )
 
 
-def _pointing(result):
+def _pointing(lesions):
     lines = []
-    for name, values in result["pointing"].items():
+    for name, values in lesions.items():
         volumes, *shares = values.values()  # hit, chance, elsewhere
         lines.append([escape(name), volumes, *map(_percent, shares)])
     return (
@@ -398,8 +402,8 @@ def wrong_figures(result, scores, labels, rows, study):
         yield heat_figure(png, f"<b>{name}</b>, {what}<br><code>{scan}</code>")
 
 
-def most_wrong(scores, labels, rows, n=3):
-    """The n worst misses, then the n worst false alarms: (row number, class number, share wrong).
+def most_wrong(scores, labels, rows):
+    """The worst three misses, then false alarms: (row number, class number, share wrong).
 
     Wrong is the share of the opposite cases that are ranked on the wrong side. At most one miss and
     one false alarm a class, and one of all a scan. An error weighs as much as the class's AUROC:
@@ -407,7 +411,7 @@ def most_wrong(scores, labels, rows, n=3):
     """
     values, chosen = auroc(scores, labels), {}
     for label in (1, 0):
-        cases, most = [], len(chosen) + n
+        cases, most = [], len(chosen) + 3
         for c in np.flatnonzero(~np.isnan(values)):
             members = np.flatnonzero(labels[:, c] == label)
             right = placements(scores[:, c], labels[:, c])[members]
