@@ -272,7 +272,7 @@ def bench_attention(arguments):
         rate = 2 * side ** 3 / min(timed(lambda: matrix @ matrix) for _ in range(10))
         print(f"\n{dtype}: a matrix product runs at {rate / 1e9:.0f} GFLOP/s\n\n"
               "| d | N | way | forward, ms | of that rate | forward + backward, ms | "
-              "of that rate | beside the faster peer | memory, MiB |\n|---|---|---|---|---|---|---|---|---|")
+              "of that rate | beside the faster peer | memory, MiB |\n" + "|---" * 9 + "|")
         # At d 256 a GPU's half precision runs the Triton pair, at 768 chunked products.
         for d, n, rounds in ((256, 10976, 7), (768, 64, 41), (768, 2744, 9), (768, 10976, 7)):
             attention_rows(n, d, rounds, dtype, rate)
