@@ -271,12 +271,13 @@ class LLM:
         Greedy at temperature 0, else nucleus sampling; what is drawn for a prompt depends on (seed,
         index) alone, not on its batch. ValueError if a prompt and its answer exceed the context.
         """
-        vocab, context = self.config.sizes["vocab"], self.config.context
+        longest = self.config.context - max_new_tokens
         for i, prompt in enumerate(prompts):
-            if not 0 < len(prompt) <= context - max_new_tokens or max(prompt) >= vocab:
+            if not 0 < len(prompt) <= longest or max(prompt) >= self.config.sizes["vocab"]:
                 raise ValueError(
                     f"{self.directory}: prompt {i} has {len(prompt)} tokens; with {max_new_tokens} "
-                    f"new ones it must fit a context of {context}, and each id be below {vocab}")
+                    f"new ones it must fit a context of {self.config.context}, and each id be "
+                    f"below {self.config.sizes['vocab']}")
         prefix = []
         if share_prefix and len(prompts) > 1:
             prefix = os.path.commonprefix([prompt[:-1] for prompt in prompts])
@@ -409,21 +410,7 @@ class Chat:
         for user, assistant in examples:
             turns += [("user", user), ("assistant", assistant)]
         turns.append(("user", self.PLACE))
-        # A template without a system's turn refuses it or drops it in silence, so that the
-        # instruction opens the first message; one that shows the last message alone, whatever
-        # comes before it, is that of a checkpoint which has its task in its weights.
-        (_, first), *rest = turns[1:]
-        folded = [("user", f"{system}\n\n{first}"), *rest]
-        file, (text, folded_text, alone), error = render(
-            directory, fallback, [turns, folded, turns[-1:]])
-        self.text = alone if text == alone else ""
-        for form in (folded_text, text):
-            if all(content.strip() in form for _, content in turns):
-                self.text = form
-        if self.text.count(self.PLACE) != 1:
-            error = error or ("it drops, repeats or changes a message, or takes over 3 s or "
-                              "512 MiB")
-            raise ValueError(f"{file}: the chat template fails ({error}); use another checkpoint")
+        self.text = render(directory, fallback, turns)
         # Where the last character of a mark begins.
         ends = [f"(?<={re.escape(mark[:-1])})(?={re.escape(mark[-1])})"
                 for mark in re.findall(MARK, self.text) if mark not in names]
@@ -461,8 +448,8 @@ def whole_sentences(text):
     return text[:ends[-1]] if ends else text
 
 
-# What renders a checkpoint's template. A template is a program, too, from whoever made the
-# checkpoint: it gets a process of its own, so that it can't take more time or memory than this.
+# The program that renders a dialogue. A template is a program, too, by whoever made the checkpoint:
+# it runs in a process of its own, so that it can't take more time or memory than this.
 RENDER = """
 import json, resource, sys
 from datetime import datetime
@@ -488,19 +475,24 @@ def refuse(reason):
     raise jinja2.TemplateError(reason)
 
 
-def render(file, settings, fallback, turns):
+def read_template(file, settings, fallback):
+    if file.endswith(".jinja"):
+        return Path(file).read_text("utf-8")
     template = settings.get("chat_template") or fallback
     if isinstance(template, list):  # several, each with a name
         template = {entry["name"]: entry["template"] for entry in template}
-    if isinstance(template, dict):
-        template = template["default"]
-    if file.endswith(".jinja"):
-        template = Path(file).read_text("utf-8")
-    tokens = {"bos_token": "", "eos_token": ""}  # special tokens by the names that templates use
+    return template["default"] if isinstance(template, dict) else template
+
+
+def special_tokens(settings):  # by the names that templates use
+    tokens = {"bos_token": "", "eos_token": ""}
     for name, value in settings.items():
         if name.endswith("_token"):
             tokens[name] = value["content"] if isinstance(value, dict) else value or ""
+    return tokens
 
+
+def render(turns):
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation])
     environment.globals["raise_exception"] = refuse
@@ -508,38 +500,56 @@ def render(file, settings, fallback, turns):
     environment.globals["strftime_now"] = datetime(2024, 7, 26).strftime
     environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
     messages = [{"role": role, "content": content} for role, content in turns]
-    text = environment.from_string(template).render(
-        tokens, messages=messages, tools=None, documents=None, add_generation_prompt=True,
-        enable_thinking=False)
+    text = environment.from_string(read_template(file, settings, fallback)).render(
+        special_tokens(settings), messages=messages, tools=None, documents=None,
+        add_generation_prompt=True, enable_thinking=False)
     return text if len(text) < 10 ** 6 else refuse("over a million characters")
 
 
-*checkpoint, dialogues = json.load(sys.stdin)
-texts = []
-for turns in dialogues:
-    try:
-        texts.append(render(*checkpoint, turns))
-    except Exception as error:
-        texts.append("")
-        print(" ".join(f"{type(error).__name__}: {error}".split())[:200], file=sys.stderr)
-print(json.dumps(texts))
+def prompt(turns):
+    # A template without a branch for the system refuses its turn or drops it in silence: the
+    # instruction then opens the first message.
+    (_, system), (_, first), *rest = turns
+    folded = [("user", system + "\\n\\n" + first), *rest]
+    error = None
+    for form in (turns, folded):
+        try:
+            text = render(form)
+            if all(content.strip() in text for _, content in turns):
+                break
+        except Exception as problem:
+            error = problem
+    else:
+        # One that shows the last message alone is a checkpoint's that has its task in its weights.
+        text = render(turns[-1:])
+        if error or text != render(turns):
+            raise error or ValueError("it changes or drops a message")
+    if text.count(turns[-1][1]) != 1:
+        raise ValueError("it changes, drops or repeats the last message")
+    return text
+
+
+file, settings, fallback, turns = json.load(sys.stdin)
+try:
+    print(json.dumps(prompt(turns)))
+except Exception as error:
+    sys.exit(" ".join(f"{type(error).__name__}: {error}".split())[:200])
 """
 
 
-def render(directory, fallback, dialogues):
-    """A checkpoint's chat template on dialogues, each a list of turns (role, content).
-
-    Returns the template's file, the texts ("" where it fails) and the last error, if any.
-    """
+def render(directory, fallback, turns):
+    """The text of turns (role, content) in a checkpoint's chat template, an answer being next."""
     file = directory / "tokenizer_config.json"
     settings = read_json(file)
     if (directory / "chat_template.jinja").exists():
         file = directory / "chat_template.jinja"
-    task = json.dumps((str(file), settings, fallback, dialogues))
-    child = subprocess.run([sys.executable, "-c", RENDER], input=task, capture_output=True,
-                           text=True)
-    texts = json.loads(child.stdout) if child.stdout else [""] * len(dialogues)
-    return file, texts, child.stderr.strip().rpartition("\n")[2]
+    child = subprocess.run(
+        [sys.executable, "-c", RENDER], capture_output=True, text=True,
+        input=json.dumps((str(file), settings, fallback, turns)))
+    if child.returncode:
+        error = child.stderr.strip() or "it takes over 3 s or 512 MiB"
+        raise ValueError(f"{file}: the chat template fails ({error}); use another checkpoint")
+    return json.loads(child.stdout)
 
 
 def make_tokenizer(raw, directory):
@@ -631,8 +641,8 @@ class Config:
             raise ValueError(f"{name}: {error}") from None
 
     def _read(self, raw):
-        named = f"{str(raw.get('model_type')).capitalize()}ForCausalLM"
-        architectures = raw.get("architectures") or [named]
+        architectures = raw.get("architectures") or [
+            f"{str(raw.get('model_type')).capitalize()}ForCausalLM"]
         family = architectures[0]
         if family not in FAMILIES:
             raise ValueError(f"architecture {architectures} is not supported; "
@@ -747,9 +757,9 @@ def rope_frequencies(raw, head_dim):
     if kind == "linear":
         return frequencies / real(rope, "factor")
     if kind == "llama3":  # slow turns are scaled, fast ones are not, those between are mixed
-        context = raw["max_position_embeddings"]
-        context = number(rope | raw, "original_max_position_embeddings", context)
-        turns = context * frequencies / (2 * math.pi)
+        original = number(rope | raw, "original_max_position_embeddings",
+                          raw["max_position_embeddings"])
+        turns = original * frequencies / (2 * math.pi)
         low = real(rope, "low_freq_factor")
         high = real(rope, "high_freq_factor", least=low)
         fast = ((turns - low) / (high - low)).clamp(0, 1)

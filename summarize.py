@@ -123,8 +123,8 @@ def parse(answer, report, whole=True):
     that prose and inventions drop out. whole=False: the answer was cut off, so that a last name
     which isn't a preferred one is left out; where it holds prose, it is reasoning and no answer.
     """
-    answer = re.split(THOUGHT, answer)[-1]  # what follows the reasoning, if that came to an end
-    answer = re.split(THINK, answer)[0]
+    # What follows the reasoning, if that came to an end.
+    answer = re.split(THINK, re.split(THOUGHT, answer)[-1])[0]
     answer = re.split(r"\n\s*Report:", answer)[0]  # some go on with a report of their own
     text = report.casefold()
     words = set(re.findall(r"[^\W_]+", text + " " + re.sub(r"s\b", "", text)))
@@ -302,19 +302,22 @@ def read_manifest(path):
                 raise ValueError(f"{path}: no column `report`, or two; python data.py manifest "
                                  "writes one")
             for row in table:
+                check_row(row)
                 rows.append(row)
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{path}, row {len(rows) + 2}: not UTF-8 or not CSV ({error}); put a text "
-                         "with quotes or line ends in quotes, its own doubled") from None
-    for number, row in enumerate(rows, 2):
-        if any(row.pop(None, ())) or "\0" in row["report"]:
-            raise ValueError(f"{path}, row {number}: has more cells than the header, or a NUL; put "
-                             "a text with commas in quotes")
-        for column in filter(re.compile("label:").match, row):
-            row[column] = row[column].strip()
-            if row[column] not in ("", "0", "1", "0.0", "1.0"):
-                raise ValueError(f"{path}, row {number}: {column} must be 0, 1 or empty")
+                         "with commas, quotes or line ends in quotes, its own doubled") from None
     return rows
+
+
+def check_row(row):
+    """csv.Error where a manifest's row has too many cells, a NUL byte or a label that is none."""
+    if any(row.pop(None, ())) or "\0" in row["report"]:
+        raise csv.Error("more cells than the header has, or a NUL byte")
+    for column in filter(re.compile("label:").match, row):
+        row[column] = row[column].strip()
+        if row[column] not in ("", "0", "1", "0.0", "1.0"):
+            raise csv.Error(f"{column} is not 0, 1 or empty")
 
 
 def sha256(text):
@@ -335,10 +338,11 @@ def locked(out):
 
 def as_record(sha, stamp, names, answer, cut):
     """The record of a report, by what `answers` says of it."""
-    summary = None if names is None else summary_text(names)
-    record = {"report_sha256": sha, "abnormalities": names, "summary": summary} | stamp
+    record = {"report_sha256": sha, "abnormalities": names, "summary": None} | stamp
     if names is None:
         record["failed"] = answer
+    else:
+        record["summary"] = summary_text(names)
     if cut:
         record["cut"] = True
     return record

@@ -578,13 +578,13 @@ def test_a_bad_checkpoint_gets_one_line_that_names_it(change, said, tmp_path, co
 @pytest.mark.parametrize(
     "content, said",
     [
-        (b"name,report\na,fine\nb,Secret heart, secret lung\n", "row 3: has more cells"),
+        (b"name,report\na,x\nb,Secret heart, secret lung\n", "row 3: not UTF-8 or not CSV (more"),
         (b'name,report\na,"Secret heart\nb,secret lung\n', "row 2: not UTF-8 or not CSV"),
         (b'name,report\na,fine\nb,"Secret "heart" is large"\n', "row 3: not UTF-8 or not CSV"),
-        (b"name,report\na,Secret\0heart\n", "row 2: has more cells than the header, or a NUL;"),
+        (b"name,report\na,Secret\0heart\n", "or a NUL byte"),
         (b"name,report\na," + b"Secret" * 3_000_000, "row 2: not UTF-8 or not CSV (field larger"),
-        (b"name,report,label:Secret\na,b,yes\n", "row 2: label:Secret must be 0, 1 or empty"),
-        (b"name,report,label:x\na,b,Secret heart,1\n", "row 2: has more cells"),
+        (b"name,report,label:Secret\na,b,yes\n", "label:Secret is not 0, 1 or empty"),
+        (b"name,report,label:x\na,b,Secret heart,1\n", "row 2: not UTF-8 or not CSV (more cells"),
         (b"name,report,report\na,b,c\n", "no column `report`, or two"),
         (b"name,findings\na,Secret\n", "no column `report`"),
         (b"", "no column `report`"),
