@@ -503,6 +503,7 @@ def render(turns):
     text = environment.from_string(read_template(file, settings, fallback)).render(
         special_tokens(settings), messages=messages, tools=None, documents=None,
         add_generation_prompt=True, enable_thinking=False)
+    text.encode("utf-8")  # fails on half a character, which JSON can hold
     return text if len(text) < 10 ** 6 else refuse("over a million characters")
 
 
@@ -547,8 +548,8 @@ def render(directory, fallback, turns):
         [sys.executable, "-c", RENDER], capture_output=True, text=True,
         input=json.dumps((str(file), settings, fallback, turns)))
     if child.returncode:
-        error = child.stderr.strip() or "it takes over 3 s or 512 MiB"
-        raise ValueError(f"{file}: the chat template fails ({error}); use another checkpoint")
+        raise ValueError(f"{file}: the chat template fails ({child.stderr.strip() or 'over 3 s'}), "
+                         "or needs over 512 MiB; use another checkpoint")
     return json.loads(child.stdout)
 
 
@@ -643,7 +644,7 @@ class Config:
     def _read(self, raw):
         architectures = raw.get("architectures") or [
             f"{str(raw.get('model_type')).capitalize()}ForCausalLM"]
-        family = architectures[0]
+        family = list(architectures)[0]
         if family not in FAMILIES:
             raise ValueError(f"architecture {architectures} is not supported; "
                              f"use one of {', '.join(FAMILIES)}")
