@@ -638,8 +638,12 @@ def evaluate_volume(run, path, out=None, method=None, **options):
 
     # rank
     percentiles, others = [None] * len(scores), []
-    reference = read_tensors(Path(run) / "reference.safetensors")
+    file = Path(run) / "reference.safetensors"
+    reference = read_tensors(file)
     if reference:
+        for name in ("v", "v_hat"):
+            if name not in reference or reference[name].shape[1:] != v.shape[1:]:
+                raise ValueError(f"{file}: is not this model's; delete it, the training writes it")
         others = score(model, reference["v"], prompts, options.pairs, reference["v_hat"])  # (N, C)
         lower, equal = (others < scores).mean(0), (others == scores).mean(0)
         percentiles = (100 * (lower + equal / 2)).tolist()

@@ -28,7 +28,7 @@ from pathlib import Path
 SMALL_CHECKPOINT = Path(__file__).parent / "checkpoints/summarizer"
 
 
-def parse():
+def arguments():
     """The command line's arguments."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -45,7 +45,7 @@ def parse():
 
 
 if __name__ == "__main__" and {"-h", "--help"} & {*sys.argv}:
-    parse()  # before torch is loaded, so that it is quick
+    arguments()  # before torch is loaded, so that it is quick
 
 import torch
 from tqdm import tqdm
@@ -471,7 +471,7 @@ def run_command(main):
 def main():
     if sys.argv[1:2] == ["fit"]:
         raise ValueError("fit is now: python distil.py --pairs pairs.jsonl --out DIR")
-    a = parse()
+    a = arguments()
     settings = a.batch, a.device, a.max_new_tokens
     if any(count is not None and count < 1 for count in (a.batch, a.max_new_tokens, a.dry_run)):
         raise ValueError("--batch, --max-new-tokens and --dry-run must be at least 1")

@@ -360,6 +360,10 @@ def test_a_damaged_file_of_embeddings_or_training_scans_is_named(bench, tmp_path
     (run / "reference.safetensors").write_text("damaged")
     done = command(run, "--volume", scan)
     assert done.returncode == 2 and "reference.safetensors: damaged" in done.stderr
+    for tensors in ({"a": torch.ones(3)}, {"v": torch.ones(3, 16), "v_hat": torch.ones(3, 5)}):
+        save_file(tensors, run / "reference.safetensors")
+        done = command(run, "--volume", scan)
+        assert done.returncode == 2 and "safetensors: is not this model's" in done.stderr
     (run / "embeddings.safetensors").write_text("damaged")
     done = command(run, "--manifest", bench[1], "--out", tmp_path / "out")
     assert done.returncode == 2 and "embeddings.safetensors: damaged" in done.stderr
