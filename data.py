@@ -482,9 +482,10 @@ def ct_rate_manifest(root, split, release=None):
                              "without which its HU are unknown")
         cells = rare.get(volume, {}) | common.get(volume, {})  # {column: text}
         classes = [kind for kind in CT_RATE + CT_RATE_LT if kind in cells]
-        labels = {kind: _label(cells[kind], volume, kind) for kind in classes}
+        where = f"{root}: {volume}"
+        labels = {kind: _label(cells[kind], where, kind) for kind in classes}
         path = folder / patient / scan / volume
-        scaling = _scaling(metadata.get(volume, {}), volume)
+        scaling = _scaling(metadata.get(volume, {}), where)
         text = _report_text(report)
         rows.append(Row(name, path, split, patient, scan, text, *scaling, labels))
     return rows

@@ -202,14 +202,15 @@ def read_pairs(path, manifest=None):
     if manifest:
         rows = read_manifest(manifest)
         reports = {sha256(row["report"]): row["report"] for row in rows}
-    for number, line in enumerate(Path(path).read_text("utf-8").splitlines(), 1):
+    for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
         try:
             entry = json.loads(line)
             names = entry["abnormalities"]
             if names is not None:
                 report = entry["report"] if "report" in entry else reports[entry["report_sha256"]]
+                "".join([report, *names])  # TypeError where they are no texts
                 pairs.append((report, names))
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise ValueError(f'{path}: line {number} is no {{"report", "abnormalities"}}, nor a '
                              "summary of a report in --manifest") from None
     if len(pairs) < 10:

@@ -408,8 +408,8 @@ class TextEncoder(nn.Module):
     def set_tokenizer(self, tokenizer):
         """Use this tokenizers.Tokenizer; ValueError where it's no BERT's or has too many pieces."""
         numbers, rows = tokenizer.get_vocab(), self.word_embeddings.num_embeddings
-        if "[PAD]" not in numbers:
-            raise ValueError("the tokenizer has no piece [PAD]; a BERT's is needed")
+        if not {"[PAD]", "[UNK]"} <= numbers.keys():
+            raise ValueError("the tokenizer lacks the piece [PAD] or [UNK]; a BERT's is needed")
         n_pieces = max(numbers.values()) + 1
         if n_pieces > rows:
             raise ValueError(f"the tokenizer has {n_pieces} pieces, the text encoder {rows}")

@@ -1008,8 +1008,11 @@ def check_folder(out, settings):
     """ValueError where a folder holds a phantom, finished or begun, of other settings."""
     for path in (out / "phantom.begun.json", out / "phantom.json"):
         if path.exists():
-            stamp = json.loads(path.read_text())
-            other = {key: stamp.get(key) for key in settings}
+            try:
+                stamp = json.loads(path.read_text())
+                other = {key: stamp.get(key) for key in settings}
+            except (ValueError, AttributeError, RecursionError):
+                other = "unknown settings"
             if other != settings:
                 raise ValueError(
                     f"{path}: holds a phantom of {other}, not {settings}; "

@@ -10,8 +10,10 @@ from safetensors.torch import save_file
 
 import convert
 import data
+import distil
 import evaluate
 import llm
+import phantom
 import summarize
 from model import BrgSA, Config, train_tokenizer
 
@@ -62,7 +64,16 @@ def write_good_files(folder):
     record = {"report_sha256": "0" * 64, "abnormalities": ["Mass"], "summary": "There is mass."}
     (folder / "summaries.jsonl").write_text(json.dumps(record) + "\n")
     (folder / "prompts.json").write_text(json.dumps({"Mass": {"positive": ["There is mass"]}}))
+    pairs = [{"report": f"A mass of {i} mm.", "abnormalities": ["Lung mass"]} for i in range(12)]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    stamp = {"version": phantom.VERSION, "seed": 0}
+    (folder / "phantom.json").write_text(json.dumps(stamp))
+    rad = "imgtest_Abnormality_and_Location_Labels.csv"
+    data.write_csv(folder / rad, [["NoteAcc_DEID", "nodule*lung"], ["a", 1], ["b", 0]])
     readers = {
+        "pairs.jsonl": distil.read_pairs,
+        "phantom.json": lambda path: phantom.check_folder(path.parent, stamp),
+        rad: lambda path: data.rad_chestct_manifest(path.parent, "test"),
         "scan.nii": read_scan, "packed.nii.gz": read_scan, "second.nii": read_scan,
         "ct.npz": read_scan, "manifest.csv": read_manifests, "scores.csv": evaluate.read_scores,
         "summaries.jsonl": data.read_summaries, "official.ckpt": convert.read_parts,
