@@ -815,15 +815,14 @@ class ReportVolumes:
         self, rows, cache, summaries=None, crop=None, n_sentences=5, seed=0, drawing="varied"
     ):
         split = sentences_as_authors if drawing == "authors" else sentences
-        by_report = {}
+        by_report = {}  # (the rows of one report, the sentences of its text)
         for row in rows:
-            if split(text_of(row, summaries or {})):
-                by_report.setdefault(row.report, []).append(row)
-        if not by_report:
+            if row.report not in by_report:
+                by_report[row.report] = [], split(text_of(row, summaries or {}))
+            by_report[row.report][0].append(row)
+        self.items = [(group, parts) for group, parts in by_report.values() if parts]
+        if not self.items:
             raise ValueError("no row has a report, so there is nothing to train on")
-        self.items = []  # (the rows of one report, the sentences of its text)
-        for group in by_report.values():
-            self.items.append((group, split(text_of(group[0], summaries or {}))))
         self.cache = cache
         self.crop = crop
         self.n_sentences = n_sentences
@@ -952,7 +951,10 @@ def add_options(parser, settings):
 
 
 def check_options(settings):
-    """ValueError where a number of settings is out of its bounds, or a choice isn't one."""
+    """ValueError where a number of settings is out of its bounds, or a choice isn't one.
+
+    A dataclass of options has it as its __post_init__.
+    """
     for item in fields(settings):
         value, (low, high) = getattr(settings, item.name), item.metadata["bounds"]
         choices = item.metadata.get("choices")

@@ -4,7 +4,7 @@
 
 v, t: embeddings of the volume and the prompt; v_hat: v re-expressed from the knowledge bank.
 
-    python evaluate.py runs/phantom --manifest runs/phantom/data/manifest.csv
+    python evaluate.py runs/phantom --manifest runs/phantom-data/manifest.csv
     python evaluate.py runs/phantom --volume scan.nii.gz --prompts "pleural effusion" "lung nodule"
 """
 import argparse
@@ -51,6 +51,8 @@ class Options:
     cache: Path = option(
         None, "folder of the preprocessed volumes; default: cache, beside the manifest")
     device: str = option(None, "cpu, cuda or cuda:1; default: cuda where there is one")
+
+    __post_init__ = data.check_options
 
 
 def parse(argv=None):
@@ -431,7 +433,6 @@ def evaluate(run, manifest, split=None, out=None, scores=None, **options):
     reconstructions) each hold the metrics of the classes and the macro means.
     """
     options = Options(**options)
-    data.check_options(options)
     rows, split = select_rows(manifest, split)
     out = Path(out or Path(run or Path(scores).parent) / "evaluation")
     result = {

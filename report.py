@@ -3,7 +3,7 @@
 A page needs no network, no script and no other file; its style is resources/report.css. Its numbers
 are those of metrics.json, as evaluate.py makes it:
 
-    python evaluate.py runs/phantom --manifest runs/phantom/data/manifest.csv
+    python evaluate.py runs/phantom --manifest runs/phantom-data/manifest.csv
     python evaluate.py runs/phantom --volume scan.nii.gz --heatmap
 """
 import base64

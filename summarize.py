@@ -171,16 +171,17 @@ def summary_text(names):
 
 
 # ---- asking --------------------------------------------------------------------------------------
-def answers(llm, reports, batch_size=None, max_new_tokens=192, progress=False):
+def answers(llm, reports, batch_size=None, max_new_tokens=192, progress=False, chat=None):
     """Yield (index, names or None, answer, cut) of reports, a list of str.
 
     None: unreadable twice, the second time sampled. cut: the report was cut to fit the context. A
     checkpoint whose config.json says "reads": "sentences" is asked once for each distinct sentence;
-    a report's names are then those of its sentences.
+    a report's names are then those of its sentences. chat: report_chat of the checkpoint, if known.
     """
+    chat = chat or report_chat(llm.directory)
     small = llm.config.sizes["width"] <= 512
     batch_size = batch_size or (64 if small or llm.device.type == "cuda" else 8)
-    ask = partial(ask_each, llm, report_chat(llm.directory), batch_size, max_new_tokens)
+    ask = partial(ask_each, llm, chat, batch_size, max_new_tokens)
     if llm.config.raw.get("reads") == "sentences":
         ask = partial(ask_sentences, ask)
     yield from tqdm(ask(reports), total=len(reports), unit=" reports", desc="summarize",
@@ -244,8 +245,8 @@ def run(checkpoint, manifest_path, out_path, batch_size=None, device=None, max_n
     (rank, world), device = ranks(), find_device(device)
     start, out, rows = time.time(), Path(out_path), read_manifest(manifest_path)
     reports = {sha256(row["report"]): row["report"] for row in rows if row["report"].strip()}
-    prompt = sha256(report_chat(checkpoint).text)
-    stamp = {"model": Path(checkpoint).resolve().name, "prompt_sha256": prompt}
+    chat = report_chat(checkpoint)
+    stamp = {"model": Path(checkpoint).resolve().name, "prompt_sha256": sha256(chat.text)}
     with locked(out) if rank == 0 else nullcontext():
         done = merge(out, rank)
         check_origin(out, done, stamp)
@@ -253,7 +254,8 @@ def run(checkpoint, manifest_path, out_path, batch_size=None, device=None, max_n
         todo = sorted(todo, key=lambda sha: len(reports[sha]))[rank::world]
         if todo:
             llm, texts = LLM.from_pretrained(checkpoint, device), [reports[sha] for sha in todo]
-            results = answers(llm, texts, batch_size, max_new_tokens, progress and rank == 0)
+            bar = progress and rank == 0
+            results = answers(llm, texts, batch_size, max_new_tokens, bar, chat)
             part = out if world == 1 else Path(f"{out}.part{rank}")
             append(part, (as_record(todo[i], stamp, *result) for i, *result in results))
         records = merge(out, rank)
@@ -451,7 +453,7 @@ def dry_run(checkpoint, manifest, n, batch, device, max_new_tokens):
     reports = dict.fromkeys(row["report"] for row in read_manifest(manifest))
     reports = [report for report in reports if report.strip()][:n]
     llm, chat = LLM.from_pretrained(checkpoint, device), report_chat(checkpoint)
-    for i, names, answer, cut in answers(llm, reports, batch, max_new_tokens):
+    for i, names, answer, cut in answers(llm, reports, batch, max_new_tokens, chat=chat):
         print(chat.text.replace(chat.PLACE, reports[i]))
         print(f"---- answer{' (report cut)' if cut else ''}\n{answer}\n---- read as\n{names}\n")
 

@@ -80,6 +80,8 @@ class Settings:
         -1, "processes that load volumes; -1: up to 8 beside a GPU, else 0", -1, 256)
     device: str = option("", "cpu, cuda or cuda:1; default: cuda where there is one")
 
+    __post_init__ = data.check_options
+
 
 SCHEDULES = {
     "base": {},
@@ -106,7 +108,6 @@ def parse(argv=None):
         raise ValueError(f"there is no preset '{preset}'; there are: {', '.join(SCHEDULES)}")
     own = {"preset": preset, "out": f"runs/{preset}", **typed}
     settings = Settings(**SCHEDULES[preset] | own)
-    data.check_options(settings)
     record = Path(settings.out) / "state" / "settings.json"
     if not record.exists():
         return settings
@@ -122,7 +123,6 @@ def resumed(record, typed):
     """The Settings in a run's settings.json, but for what may change from machine to machine."""
     try:
         settings = Settings(**json.loads(record.read_text()))
-        data.check_options(settings)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{record}: damaged ({error}); the run can't be resumed") from None
     for name, value in typed.items():

@@ -245,6 +245,11 @@ def test_rad_chestcts_calcification_is_the_larger_of_the_two_scores(bench):
     np.testing.assert_allclose(one, both.max(1), atol=1e-6)
 
 
+def test_the_pairs_to_choose_from_are_the_models():
+    (item,) = [item for item in evaluate.fields(evaluate.Options) if item.name == "pairs"]
+    assert item.metadata["choices"] == model_file.PAIRS and item.default == model_file.PAIRS[:2]
+
+
 def test_each_pair_can_be_selected(bench):
     model = BrgSA.from_pretrained(bench[0])
     v = torch.randn(5, 16, generator=torch.Generator().manual_seed(0))
