@@ -467,7 +467,7 @@ def ct_rate_manifest(root, split, release=None):
         metadata = _table(_find(root, f"{long_split}_metadata.csv"),
                           "RescaleSlope", "RescaleIntercept", "XYSpacing", "ZSpacing")
     common = _table(_find(root, f"{split}_predicted_labels.csv"), *CT_RATE)
-    rare = _find_by_header(root, CT_RATE_LT)
+    rare = _find_by_header(root, ["VolumeName", *CT_RATE_LT])
     rare = _table(rare) if rare else {}
     no_chest = _no_chest(root, split)
 
