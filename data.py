@@ -800,19 +800,15 @@ def sentences_as_authors(text):
 class ReportVolumes:
     """Training pairs for a DataLoader, an item per distinct report: (int16 HU (1, x, y, z), text).
 
-    Each key (epoch, item) is a new draw: one of the report's volumes, a random crop of it, and up
-    to n_sentences sentences of the text in random order (paper, implementation details). The text
-    is the report's summary where there is one, else the report. The same seed and key give the same
-    draw, so that a resumed run goes on exactly. A report without a sentence is left out.
-
-    drawing "authors": always as many sentences as there are, up to n_sentences. "varied": so about
-    every second time, since these tell most; else a random number. Were it always 5 where there are
-    as many, a text's length would tell how ill the patient is, and a prompt, which is one sentence,
-    would look like the healthy.
+    Each key (epoch, item) is a new draw: one of the report's volumes, a random crop of it, and the
+    sentences of the text in random order: as the authors up to n_sentences of them (paper,
+    implementation details), with drawing "all" each. The text is the report's summary where there
+    is one, else the report. The same seed and key give the same draw, so that a resumed run goes on
+    exactly. A report without a sentence is left out.
     """
 
     def __init__(
-        self, rows, cache, summaries=None, crop=None, n_sentences=5, seed=0, drawing="varied"
+        self, rows, cache, summaries=None, crop=None, n_sentences=5, seed=0, drawing="all"
     ):
         split = sentences_as_authors if drawing == "authors" else sentences
         by_report = {}  # (the rows of one report, the sentences of its text)
@@ -825,9 +821,8 @@ class ReportVolumes:
             raise ValueError("no row has a report, so there is nothing to train on")
         self.cache = cache
         self.crop = crop
-        self.n_sentences = n_sentences
+        self.n_sentences = n_sentences if drawing == "authors" else None
         self.seed = seed
-        self.drawing = drawing
 
     def __len__(self):
         return len(self.items)
@@ -841,10 +836,7 @@ class ReportVolumes:
         for full, size in zip(volume.shape, self.crop or volume.shape):
             start = random.integers(full - size + 1)
             crop.append(slice(start, start + size))
-        count = min(self.n_sentences, len(text))
-        if self.drawing == "varied" and random.random() >= 0.5:
-            count = random.integers(1, count + 1)
-        order = random.permutation(len(text))[:count]
+        order = random.permutation(len(text))[:self.n_sentences]
         text = " ".join(text[i] for i in order)
         return _tensor(volume[tuple(crop)]), text
 

@@ -24,6 +24,7 @@ from data import option
 # ---- options (before torch is loaded, so that --help is quick)
 
 BOTH_FORMS = ("v-t", "v_hat-t")  # the paper's pairs
+READOUTS = ("plain", "contrast", "context", "prototype")
 
 
 @dataclass
@@ -33,6 +34,10 @@ class Options:
     prompts: list = option(
         None, "abnormalities, or one .json ({name: [prompts]}) or .txt (a name a line)", nargs="+")
     negative: bool = option(False, 'subtract the score of "There is no X"')
+    prompts_as: str = option(
+        "plain", 'what scans are compared with: "There is X" (plain, the paper\'s), the same less '
+        '"There is no abnormality" (contrast), what it adds to the training summaries (context), '
+        "the training summaries with X less those without (prototype)", choices=READOUTS)
     pairs: list = option(
         BOTH_FORMS, "the cosines that are averaged", nargs="+",
         choices=(*BOTH_FORMS, "v-t_hat", "v_hat-t_hat"))
@@ -92,7 +97,8 @@ if __name__ == "__main__" and {"-h", "--help"} & {*sys.argv}:
     parse()
 
 import torch
-from safetensors import SafetensorError
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from tqdm import tqdm
 
@@ -203,13 +209,54 @@ def load(run, device, prompts):
     return model
 
 
-def score(model, v, prompts, pairs=PAIRS[:2], v_hat=None):
-    """Scores (N, C) of volumes v (N, d): mean or max of positive less mean of negative prompts."""
+def prompt_vectors(embed, texts, way="plain", summaries=()):
+    """What scans are compared with for each text: (P, d); embed: list of str -> unit vectors.
+
+    With t = embed and S the summaries of the training reports; no way uses a label:
+
+        plain      t(text), as in the paper
+        contrast   t(text) - t("There is no abnormality")
+        context    mean over up to 64 of S of t(S + text) - t(S)
+        prototype  mean t of those of S that hold the text less the mean t of the others; context
+                   for a text that none or all of them hold
+    """
+    if way == "plain":
+        return embed(texts)
+    if way == "contrast":
+        return embed(texts) - embed(["There is no abnormality"])
+    some = summaries[::math.ceil(len(summaries) / 64)]
+    alone, vectors = embed(some), []
+    whole = embed(summaries) if way == "prototype" else None
+    statements = [set(map(clean, data.sentences(summary))) for summary in summaries]
+    for text in texts:
+        holds = torch.tensor([clean(text) in parts for parts in statements])
+        if way == "prototype" and holds.any() and not holds.all():
+            vectors.append(whole[holds].mean(0) - whole[~holds].mean(0))
+        else:
+            vectors.append((embed([f"{summary} {text}." for summary in some]) - alone).mean(0))
+    return torch.stack(vectors)
+
+
+def score(model, v, prompts, pairs=PAIRS[:2], v_hat=None, way="plain", summaries=()):
+    """Scores (N, C) of volumes v (N, d): mean or max of positive less mean of negative prompts.
+
+    way, summaries: as for prompt_vectors.
+    """
     prompts = prompts.values()
     texts = [text for prompt in prompts for text in prompt["positive"] + prompt["negative"]]
-    t = embed_texts(model, texts)
+    texts = list(dict.fromkeys(texts))
+
+    def embed(texts):
+        return F.normalize(embed_texts(model, texts), dim=-1)
+
+    def embed_hat(texts):
+        return F.normalize(bridge(model, embed_texts(model, texts)), dim=-1)
+    t = prompt_vectors(embed, texts, way, summaries)
+    t_hat = t
+    if any(pair.endswith("t_hat") for pair in pairs):
+        t_hat = prompt_vectors(embed_hat, texts, way, summaries)
     v_hat = bridge(model, v) if v_hat is None else v_hat
-    cosines = zero_shot_scores(v, v_hat, t, bridge(model, t), pairs).double().numpy()  # (N, P)
+    cosines = zero_shot_scores(v, v_hat, t, t_hat, pairs).double().numpy()  # (N, P)
     if not np.isfinite(cosines).all():
         raise ValueError("the model gives scores that are no finite numbers; its weights are bad")
     by_text = dict(zip(texts, cosines.T))
@@ -308,11 +355,7 @@ def describe_scores(scores, labels, classes, patients, threshold="split-half", n
     for c, name in enumerate(classes):
         counts = {"positives": positives[c], "negatives": negatives[c]}
         out["classes"][name] = counts | describe([c])
-    groups = {"CT-RATE": data.CT_RATE, "CT-RATE-LT": data.CT_RATE_LT}
-    if not set(classes) <= set(data.CT_RATE + data.CT_RATE_LT):
-        groups = {"all": classes}
-    for name, group in groups.items():
-        members = [c for c, member in enumerate(classes) if member in group]
+    for name, members in class_groups(classes).items():
         known = [c for c in members if not np.isnan(point["auroc"][c])]
         if known:
             out["macro"][name] = {"classes": len(known), "of": len(members)} | describe(known)
@@ -321,6 +364,18 @@ def describe_scores(scores, labels, classes, patients, threshold="split-half", n
             recall, precision = metrics.top_k(ranked, labels, k)
             out["top_k"] |= {f"recall@{k}": recall, f"precision@{k}": precision}
     return out
+
+
+def class_groups(classes):
+    """Which classes a macro mean is over, as numbers, by name: CT-RATE's, CT-RATE-LT's, else all.
+    """
+    groups = {"CT-RATE": data.CT_RATE, "CT-RATE-LT": data.CT_RATE_LT}
+    if not set(classes) <= set(data.CT_RATE + data.CT_RATE_LT):
+        groups = {"all": classes}
+    numbers = {}
+    for name, group in groups.items():
+        numbers[name] = [c for c, member in enumerate(classes) if member in group]
+    return numbers
 
 
 def fitted_thresholds(way, scores, labels, patients):
@@ -449,7 +504,7 @@ def evaluate(run, manifest, split=None, out=None, scores=None, **options):
         prompts = prompts_for(options, rows)
         study = Study(run, manifest, options.cache, options.device, options.pairs, prompts)
         rows, v, skipped = study.embed(rows)
-        values = score(study.model, v, prompts, options.pairs)
+        values = study.score(v, options.prompts_as)
         scores = out / "scores.csv"
         write_scores(scores, [row.name for row in rows], prompts, values)
         result |= study.describe(rows, v, options.summaries)
@@ -467,6 +522,8 @@ def evaluate(run, manifest, split=None, out=None, scores=None, **options):
     if (~np.isnan(labels)).any():
         threshold = thresholds_for(options, manifest, rows, classes)
         result |= both_levels(values, labels, classes, rows, threshold)
+        if study:
+            result["readouts"] = study.readouts(v, labels, classes)
         if options.probe and study:
             add_probe(result, study, options.probe, rows, v, labels)
         if options.compare:
@@ -474,7 +531,8 @@ def evaluate(run, manifest, split=None, out=None, scores=None, **options):
 
     page = report.report_page(result, values, labels, rows, study)
     data.write_atomically(out / "report.html", page.encode())
-    result.pop("gap_picture", None)
+    for picture in ("gap_picture", "prompts_picture"):
+        result.pop(picture, None)
     data.write_atomically(out / "metrics.json", to_json(result).encode())
     return result
 
@@ -516,6 +574,25 @@ class Study:
         self.weights = data.sha256_of(self.run / "model.safetensors")
         folder = cache or self.manifest.parent / "cache"
         self.cache = data.Cache.for_config(folder, self.model.config)
+        self.reference, self.texts = read_reference(self.run)
+
+    def score(self, v, way):
+        """Scores (N, C) of volumes v (N, d) by one of READOUTS."""
+        summaries = self.texts["summaries"]
+        if not summaries and way in READOUTS[2:]:
+            raise ValueError(f"{self.run}: has no training summaries for --prompts-as {way}; "
+                             "a training on summaries keeps them in reference.safetensors")
+        return score(self.model, v, self.prompts, self.pairs, None, way, summaries)
+
+    def readouts(self, v, labels, classes):
+        """Macro AUROC of volumes v (N, d) by each possible readout: {way: {group: value}}."""
+        columns, values = [list(self.prompts).index(name) for name in classes], {}
+        for way in READOUTS if self.texts["summaries"] else READOUTS[:2]:
+            auroc = metrics.auroc(self.score(v, way)[:, columns], labels)
+            values[way] = {}
+            for name, members in class_groups(classes).items():
+                values[way][name] = metrics.nanmean(auroc[members]).item()
+        return values
 
     def embed(self, rows):
         """The rows whose volumes can be read, their v (N, d), and the skipped as (name, reason).
@@ -552,7 +629,7 @@ class Study:
             "prompts_sha256": hashlib.sha256(prompts).hexdigest(),
             "pairs": list(self.pairs),
         }
-        result |= self.texts_and_volumes(rows, v, summaries)
+        result |= self.texts_and_volumes(rows, v, summaries) | self.prompt_cosines()
         if any("hat" in pair for pair in self.pairs):
             result["bank"] = self.bank_entries(v)
         masks = self.manifest.parent / "masks"
@@ -589,6 +666,22 @@ class Study:
             picture[when] = [np.round(side, 3).tolist() for side in points]
         return out | {"gap": gap, "gap_picture": picture}
 
+    def prompt_cosines(self):
+        """How alike the training's classes' prompts are: mean cosine of two, and all as a picture.
+
+        Before the training, too, where the run's reference knows.
+        """
+        classes = self.texts["classes"] or list(self.prompts)
+        t = {"after": embed_texts(self.model, [f"There is {name}" for name in classes])}
+        if "t_first" in self.reference:
+            t = {"before": self.reference["t_first"], **t}
+        means, matrices = {}, {}
+        for when, vectors in t.items():
+            unit = F.normalize(vectors, dim=-1)
+            matrices[when] = cosines = (unit @ unit.mT).numpy()
+            means[when] = float(cosines[~np.eye(len(cosines), dtype=bool)].mean())
+        return {"prompt_cosines": means, "prompts_picture": (classes, matrices)}
+
     def bank_entries(self, v):
         """How volumes v (N, d) use the knowledge bank, and the ten entries that they use most."""
         bank = self.model.bank
@@ -601,6 +694,27 @@ class Study:
             entry = {"entry": i, "share": share, "prompts": nearest[i]}
             usage["most_used"].append(entry)
         return usage
+
+
+def read_reference(run):
+    """A run's reference.safetensors: its tensors, and {"summaries", "classes"}, lists of str.
+
+    All are empty where there is none. ValueError where it is damaged.
+    """
+    path, texts = Path(run) / "reference.safetensors", {"summaries": [], "classes": []}
+    tensors = read_tensors(path)
+    if tensors:
+        try:
+            with safe_open(path, "pt") as file:
+                metadata = file.metadata() or {}
+            texts |= {name: json.loads(metadata[name]) for name in texts if name in metadata}
+            lists = [texts["summaries"], texts["classes"]]
+            if not all(isinstance(text, str) for texts in lists for text in texts):
+                raise ValueError("a list of texts is needed")
+        except (ValueError, TypeError, RecursionError) as error:
+            raise ValueError(f"{path}: its metadata is damaged ({error}); delete it, the training "
+                             "writes it") from None
+    return tensors, texts
 
 
 def read_tensors(path):
@@ -631,7 +745,9 @@ def evaluate_volume(run, path, out=None, method=None, **options):
     with torch.inference_mode():
         one = torch.from_numpy(hu)[None, None].to(model.bank.weight.device)  # (1, 1, X, Y, Z)
         v = model.encode_image(one).float().cpu()
-    scores = score(model, v, prompts, options.pairs)[0]
+    reference, texts = read_reference(run)
+    readout = options.prompts_as, texts["summaries"]
+    scores = score(model, v, prompts, options.pairs, None, *readout)[0]
     result = {"volume": str(path), "model": str(run)}
     if config.trained_on == "phantom":
         result["warning"] = report.PHANTOM_WARNING
@@ -640,12 +756,12 @@ def evaluate_volume(run, path, out=None, method=None, **options):
     # rank
     percentiles, others = [None] * len(scores), []
     file = Path(run) / "reference.safetensors"
-    reference = read_tensors(file)
     if reference:
         for name in ("v", "v_hat"):
             if name not in reference or reference[name].shape[1:] != v.shape[1:]:
                 raise ValueError(f"{file}: is not this model's; delete it, the training writes it")
-        others = score(model, reference["v"], prompts, options.pairs, reference["v_hat"])  # (N, C)
+        others = score(
+            model, reference["v"], prompts, options.pairs, reference["v_hat"], *readout)  # (N, C)
         lower, equal = (others < scores).mean(0), (others == scores).mean(0)
         percentiles = (100 * (lower + equal / 2)).tolist()
     findings = []

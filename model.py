@@ -51,12 +51,12 @@ class Config:
     mean: float = 0.4978                # then normalised
     std: float = 0.2449
     windows: tuple = ()                 # else each (low, high) HU is a channel, mapped to [-1, 1]
-    vision: str = "vit"                 # vit, resnet18 or resnet34
+    vision: str = "vit"                 # vit, resnet8, resnet18 or resnet34
     patch: tuple = (16, 16, 8)          # vit: voxels of a patch
     vit_width: int = 768
     vit_depth: int = 12
     vit_heads: int = 12
-    resnet_width: int = 64              # resnet: channels of the first stage; the last has 32 times
+    resnet_width: int = 64              # resnet: channels of the first stage
     vocabulary: int = 30522
     text_width: int = 768
     text_depth: int = 12
@@ -68,7 +68,7 @@ class Config:
     text_activation: str = "gelu"
     text_dropout: float = 0.1           # in training
     text_cleaning: str = "authors"      # see clean
-    text_pooling: str = "padded"        # the words' sum over text_length, or over their number
+    text_pooling: str = "padded"        # of words, see TextEncoder; of sentences, see encode_text
     dim: int = 768                      # of the joint space and of the bank
     bank_size: int = 2048
     bank_init: str = "orthogonal"
@@ -111,11 +111,11 @@ ACTIVATIONS = {
     "gelu": F.gelu, "gelu_new": partial(F.gelu, approximate="tanh"), "relu": F.relu, "silu": F.silu,
 }
 CHOICES = {
-    "vision": ("vit", "resnet18", "resnet34"),
+    "vision": ("vit", "resnet8", "resnet18", "resnet34"),
     "bank_init": ("orthogonal", "gaussian", "xavier", "uniform", "kmeans"),
     "text_activation": ACTIVATIONS,
     "text_cleaning": ("authors", "plain"),
-    "text_pooling": ("padded", "mean"),
+    "text_pooling": ("padded", "mean", "sentences"),
 }
 # Numbers that must be more than 0.
 SIZES = (
@@ -131,10 +131,10 @@ PRESETS = {
     "phantom": dict(
         spacing=(6.0, 6.0, 6.0), shape=(64, 56, 48), crop=(56, 48, 48),
         windows=(DEEP_LUNG, LUNG, SOFT_TISSUE, BONE, (-1000, 1000)),
-        vision="resnet18", resnet_width=16,
+        vision="resnet8", resnet_width=16,
         patch=(8, 8, 8), vit_width=96, vit_depth=4, vit_heads=4,
         vocabulary=2048, text_width=128, text_depth=2, text_heads=4, text_positions=128,
-        text_mlp=512, text_dropout=0.0, text_cleaning="plain", text_pooling="mean",
+        text_mlp=512, text_dropout=0.0, text_cleaning="plain", text_pooling="sentences",
         dim=128, bank_size=256,
     ),
 }
@@ -275,6 +275,13 @@ def _convolution(inputs, outputs, size, stride):
     return convolution, nn.BatchNorm3d(outputs), nn.ReLU(inplace=True)
 
 
+def _initialise_convolutions(network):
+    for module in network.modules():
+        if isinstance(module, nn.Conv3d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    network.to(memory_format=torch.channels_last_3d)
+
+
 class Bottleneck(nn.Module):
     """1 x 1 x 1, 3 x 3 x 3 and 1 x 1 x 1 convolution with a shortcut (He et al. 2016).
 
@@ -296,6 +303,50 @@ class Bottleneck(nn.Module):
 
     def forward(self, x):
         return F.relu(self.shortcut(x) + self.residual(x), inplace=True)
+
+
+class BasicBlock(nn.Module):
+    """Two 3 x 3 x 3 convolutions, the first of stride 2, with a shortcut (He et al. 2016)."""
+
+    def __init__(self, channels, out):
+        super().__init__()
+        self.residual = nn.Sequential(
+            *_convolution(channels, out, 3, 2), *_convolution(out, out, 3, 1)[:2]
+        )
+        self.shortcut = nn.Sequential(*_convolution(channels, out, 1, 2)[:2])
+        nn.init.zeros_(self.residual[-1].weight)  # each block starts as its shortcut
+
+    def forward(self, x):
+        return F.relu(self.shortcut(x) + self.residual(x), inplace=True)
+
+
+class ResNet8(nn.Module):
+    """A residual network for small findings: volumes (B, channels, X, Y, Z) -> (B, C) and cells.
+
+    Stages of 1, 2, 4 and 8 times `width` channels, at 2, 4, 8 and 16 voxels a cell. The feature is
+    the mean and the maximum of every stage, so that what fills one cell is not averaged away. The
+    cells (B, gx, gy, gz, C) are the third stage's: what the feature would be of a volume that is
+    like this everywhere.
+    """
+
+    def __init__(self, width=64, channels=1):
+        super().__init__()
+        self.stem = nn.Sequential(*_convolution(channels, width, 3, 2))
+        sizes = [width, 2 * width, 4 * width, 8 * width]
+        self.blocks = nn.Sequential(*map(BasicBlock, sizes, sizes[1:]))
+        self.width = 2 * sum(sizes)
+        _initialise_convolutions(self)
+
+    def forward(self, volumes):
+        volumes = volumes.contiguous(memory_format=torch.channels_last_3d)
+        stages = [self.stem(volumes)]
+        for block in self.blocks:
+            stages.append(block(stages[-1]))
+        means = [stage.mean((2, 3, 4)) for stage in stages]
+        maxima = [F.adaptive_max_pool3d(stage, 1).flatten(1) for stage in stages]
+        grid = stages[2].shape[2:]
+        cells = torch.cat([F.adaptive_avg_pool3d(stage, grid) for stage in stages], 1)
+        return torch.cat(means + maxima, 1), torch.cat([cells, cells], 1).movedim(1, -1)
 
 
 class ResNet3D(nn.Module):
@@ -322,10 +373,7 @@ class ResNet3D(nn.Module):
             width *= 2
         self.blocks = nn.Sequential(*blocks)
         self.width = channels
-        for module in self.modules():
-            if isinstance(module, nn.Conv3d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-        self.to(memory_format=torch.channels_last_3d)
+        _initialise_convolutions(self)
 
     def forward(self, volumes):
         volumes = volumes.contiguous(memory_format=torch.channels_last_3d)
@@ -386,7 +434,7 @@ class TextEncoder(nn.Module):
 
     Hidden states of the last four layers are summed, over the pieces and words, too. The text's
     feature is that sum over config.text_length, to which the authors pad all texts (text_pooling
-    "padded"), or over the number of words ("mean"). Without a tokenizer it spells by letters.
+    "padded"), else over the number of words. Without a tokenizer it spells by letters.
     """
 
     def __init__(self, config=None, tokenizer=None):
@@ -427,7 +475,7 @@ class TextEncoder(nn.Module):
         tokens, mask = pairs.unbind(1)                                          # each (B, T)
         layers = self.hidden_states(tokens, mask)[-4:]
         count = self.config.text_length
-        if self.config.text_pooling == "mean":
+        if self.config.text_pooling != "padded":
             count = (self.starts_word[tokens] * mask).sum(1, keepdim=True)                # (B, 1)
         return (sum(layers) * mask[..., None]).sum(1) / count                             # (B, C)
 
@@ -524,6 +572,8 @@ class BrgSA(nn.Module):
                 config.crop, config.patch, config.vit_width, config.vit_depth, config.vit_heads,
                 channels,
             )
+        elif config.vision == "resnet8":
+            self.vision = ResNet8(config.resnet_width, channels)
         else:
             self.vision = ResNet3D(int(config.vision[6:]), config.resnet_width, channels)
         self.text = TextEncoder(config, tokenizer)
@@ -543,8 +593,22 @@ class BrgSA(nn.Module):
         return self.vision_projection(pooled)
 
     def encode_text(self, texts):
-        """List of str -> t (B, dim)."""
-        return self.text_projection(self.text(texts))
+        """List of str -> t (B, dim).
+
+        With text_pooling "sentences" the sum of the embeddings of a text's sentences: statements
+        add up, in any order (as in Deep Sets, Zaheer et al. 2017).
+        """
+        if self.config.text_pooling != "sentences":
+            return self.text_projection(self.text(texts))
+        sentences = list(map(self.sentences, texts))
+        distinct = list(dict.fromkeys(sentence for parts in sentences for sentence in parts))
+        embeddings = dict(zip(distinct, self.text_projection(self.text(distinct))))
+        return torch.stack([sum(map(embeddings.get, parts)) for parts in sentences])
+
+    def sentences(self, text):
+        """A text's sentences that hold a word."""
+        parts = re.split(r"(?<=[.!?])\s+|\n", text)
+        return list(filter(self.text.clean, parts)) or [text]
 
     def bridge(self, x):
         """Re-express embeddings (B, dim) from the knowledge bank: x_hat."""
@@ -554,10 +618,10 @@ class BrgSA(nn.Module):
         """HU (B, 1, X, Y, Z) -> the vision encoder's input, float (B, channels, X, Y, Z)."""
         volumes = volumes.float()
         if self.config.windows:
-            channels = []
-            for low, high in self.config.windows:
-                channels.append(((volumes - low) * (2 / (high - low)) - 1).clamp_(-1, 1))
-            return torch.cat(channels, 1)
+            low, high = torch.tensor(self.config.windows, device=volumes.device).mT
+            gain = 2 / (high - low)
+            volumes = torch.addcmul(-1 - low * gain, volumes.movedim(1, -1), gain)
+            return volumes.clamp_(-1, 1).movedim(-1, 1)  # in memory the channels come last
         # [low, high] -> [-1, 1] -> (x - mean) / std, in one pass
         low, high = self.config.hu_range
         gain = 2 / (high - low) / self.config.std
@@ -571,12 +635,23 @@ class BrgSA(nn.Module):
         Features of untrained encoders hardly differ from sample to sample (ratio of mean to spread
         above 3), which starts all embeddings in one point, from where InfoNCE's gradient is small.
         Data-dependent initialisation as of Kraehenbuehl et al. 2016.
+
+        With text_pooling "sentences" the texts are all sentences to train on, as often as they
+        occur, and their embeddings are decorrelated, too (whitening): sentences that share words
+        start as far apart as any, and one weighs the more the rarer it is (as by inverse document
+        frequency), about 1 / sqrt(its share).
         """
         pooled, _ = self.vision(self.normalise(volumes))
-        features_of = {self.vision_projection: pooled, self.text_projection: self.text(texts)}
-        for projection, features in features_of.items():
-            projection.weight /= features.std(0) + 1e-3 * features.std()
-            projection.bias.copy_(-projection.weight @ features.mean(0))
+        places = {text: i for i, text in enumerate(dict.fromkeys(texts))}
+        features = self.text(list(places))[[places[text] for text in texts]]
+        self.vision_projection.weight /= pooled.std(0) + 1e-3 * pooled.std()
+        if self.config.text_pooling == "sentences":
+            nn.init.orthogonal_(self.text_projection.weight)
+            self.text_projection.weight.copy_(self.text_projection.weight @ whitening(features))
+        else:
+            self.text_projection.weight /= features.std(0) + 1e-3 * features.std()
+        for projection, x in ((self.vision_projection, pooled), (self.text_projection, features)):
+            projection.bias.copy_(-projection.weight @ x.mean(0))
 
     def save_pretrained(self, directory):
         """Write config.json, tokenizer.json and model.safetensors, the weights last."""
@@ -632,6 +707,18 @@ def joint_vectors(v, v_hat, t, t_hat, pairs=PAIRS[:2]):
     sides = [pair.split("-") for pair in pairs]
     images = torch.cat([unit[image] for image, _ in sides], -1)
     return images, torch.cat([unit[text] for _, text in sides], -1)
+
+
+def whitening(features, floor=0.01):
+    """The matrix (C, C) that decorrelates features (N, C) and gives them equal spread.
+
+    Directions in which they hardly differ are amplified less: the variances are raised by a share
+    of their mean, so that it exists where there are fewer features than channels.
+    """
+    centred = features - features.mean(0)
+    variances, axes = torch.linalg.eigh(centred.mT @ centred / len(features))
+    variances = variances.clamp(min=0) + floor * variances.mean()
+    return axes * variances.rsqrt() @ axes.mT
 
 
 def pick_device(name=None, rank=None):

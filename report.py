@@ -38,6 +38,9 @@ def evaluation_table(result):
             probe = result["volume"]["macro"][name]["probe_auroc"]
             line += f"; of a linear probe, per volume: {_percent(probe)}"
         lines.append(line)
+    for way, values in result.get("readouts", {}).items():
+        shares = ", ".join(f"{name} {_percent(value)}" for name, value in values.items())
+        lines.append(f"macro AUROC with prompts as {way}: {shares}")
     if "compare" in result:
         difference = _difference(result["compare"])
         lines.append(f"macro AUROC difference to {result['compare']['with']}: {difference}")
@@ -229,14 +232,14 @@ def report_page(result, scores, labels, rows, study=None):
     """report.html of an evaluation: scores, labels (N, C) of the rows; with a study, heat maps."""
     parts = [f"<p>{escape(_counts(result))}.</p>"]
     if "volume" in result:
-        parts += [_headline(result), _diagnosis(result)]
+        parts += [_headline(result), _readouts(result), _diagnosis(result)]
         if result["volume"]["macro"]:
             curves = roc_png(scores, labels, list(result["volume"]["classes"]))
             caption = "Dashed: chance. Above each curve: its AUROC in per cent."
             parts.append(f"<h2>ROC curves</h2>{heat_figure(curves, caption, 'ROC curves')}")
     sections = {
-        "compare": _compare, "retrieval": _retrieval, "gap_picture": _gap_picture, "gap": _gap,
-        "bank": _bank, "pointing": _pointing,
+        "compare": _compare, "retrieval": _retrieval, "prompts_picture": _prompts,
+        "gap_picture": _gap_picture, "gap": _gap, "bank": _bank, "pointing": _pointing,
     }
     for key, section in sections.items():
         if result.get(key):
@@ -258,6 +261,39 @@ def _headline(result):
             f"<small>95 % interval {ends}; per scan {_percent(per_scan)}</small></div>"
         )
     return f"<div class=big>{''.join(parts)}</div>"
+
+
+def _readouts(result):
+    """The macro AUROCs of each way to read out, and of the linear probe, side by side."""
+    ways, groups = result.get("readouts", {}), result["volume"]["macro"]
+    lines = []
+    for way, values in ways.items():
+        lines.append([f"prompts as {way}", *(_percent(values[name]) for name in groups)])
+    if "probe" in result:
+        values = [_percent(values["probe_auroc"]) for values in groups.values()]
+        lines.append(["linear probe, trained on labels", *values])
+    if not lines:
+        return ""
+    return html_table(["macro AUROC", *groups], lines) + (
+        "<p class=soft>No prompt uses a label. Plain and contrast use the model alone, context and "
+        "prototype the summaries of the training reports, too.</p>"
+    )
+
+
+def _prompts(picture):
+    classes, matrices = picture
+    size = 1.5 + 0.17 * len(classes)
+    figure = Figure(figsize=(size * len(matrices) + 2, size), layout="constrained")
+    plots = np.ravel(figure.subplots(1, len(matrices), sharey=True))
+    for axes, (when, cosines) in zip(plots, matrices.items()):
+        image = axes.imshow(cosines, cmap="RdBu_r", vmin=-1, vmax=1)
+        axes.set_title(f"{when} the training", fontsize=10)
+        numbers = range(len(classes))
+        axes.set_xticks(numbers, classes, fontsize=6, rotation=90, parse_math=False)
+        axes.set_yticks(numbers, classes, fontsize=6, parse_math=False)
+    figure.colorbar(image, ax=plots, shrink=0.6)
+    caption = "Cosines of the prompts' embeddings: what is red is drawn together."
+    return f"<h2>Are the prompts told apart?</h2>{heat_figure(_png(figure, 100), caption)}"
 
 
 def _diagnosis(result):

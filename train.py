@@ -53,7 +53,8 @@ class Settings:
         "adam", "muon: AdamW, but Muon for the vision encoder's inner matrices",
         choices=("adam", "adamw", "muon"))
     lr: float = option(5e-5, "learning rate at its highest", 0, 1)
-    text_lr: float = option(1.0, "the text encoder's learning rate, as a share of lr", 0, 100)
+    text_lr: float = option(
+        1.0, "the text encoder's learning rate, as a share of lr; 0: it stays as it begins", 0, 100)
     beta1: float = option(0.5, "Adam's first", 0, 0.9999)
     beta2: float = option(0.999, "Adam's second", 0, 0.999999)
     weight_decay: float = option(1e-6, "of matrices; not of biases and norms", 0, 10)
@@ -63,8 +64,8 @@ class Settings:
     warmup: int = option(0, "steps of linear warm-up", 0)
     clip: float = option(0.25, "largest gradient norm", 1e-6, 1e6)
     drawing: str = option(
-        "authors", "sentences of a training text: always min(5, n) of them, or a varied number",
-        choices=("authors", "varied"))
+        "authors", "sentences of a training text: up to five, by the authors' rules, or all",
+        choices=("authors", "all"))
     alpha: float = option(0.25, "weight of the reconstruction MSE", 0, 1e3)
     beta: float = option(1.0, "weight of InfoNCE(v, t)", 0, 1e3)
     gamma: float = option(1.0, "weight of InfoNCE(v_hat, t_hat)", 0, 1e3)
@@ -85,10 +86,10 @@ class Settings:
 
 SCHEDULES = {
     "base": {},
-    # A text encoder that learns as fast as the vision encoder draws all embeddings into one point.
+    # A text encoder that begins from nothing and learns draws rare sentences together: it stays.
     "phantom": dict(
-        epochs=50, batch=32, optimizer="muon", lr=3e-3, text_lr=0.1, beta1=0.9, weight_decay=0.02,
-        schedule="cosine", warmup=30, clip=1.0, drawing="varied", holdout=0.1,
+        epochs=30, batch=32, optimizer="muon", lr=3e-3, text_lr=0.0, beta1=0.9, weight_decay=0.02,
+        schedule="cosine", warmup=30, clip=1.0, drawing="all", holdout=0.1,
     ),
 }
 
@@ -382,6 +383,9 @@ def set_up(settings):
     resuming = state_file(settings).exists()
     model = new_model(settings, config, pairs, device, resuming)
     model.bank.weight.requires_grad_(not settings.bank_frozen)
+    if not settings.text_lr:
+        model.text.requires_grad_(False)
+        model.text_projection.requires_grad_(False)
     optimizer = make_optimizer(model, settings)
     plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=5)
     scaler = torch.amp.GradScaler(device.type, enabled=mixed_precision(device) == torch.float16)
@@ -429,6 +433,9 @@ def new_model(settings, config, pairs, device, resuming):
         model = BrgSA(config, train_tokenizer(texts, config.vocabulary))
     model.to(device)
     volumes, texts = collate([pairs[0, item] for item in range(min(len(pairs), 64))])
+    if config.text_pooling == "sentences":
+        texts = [sentence for _, text in pairs.items for sentence in text]
+        texts = texts[::math.ceil(len(texts) / 10_000)]
     model.initialise(volumes.to(device), texts)
     if settings.bank_init == "kmeans":
         model.bank.reset(first_entries(model, pairs, settings.batch, device))
@@ -757,8 +764,27 @@ def save_reference(settings):
     rows, _ = training_rows(data.read_manifest(settings.manifest), 0)
     rows = [row for row in rows if cache.holds(row)]
     v = evaluate.embed_volumes(model, rows, cache, settings.device)
-    content = save({"v": v, "v_hat": evaluate.bridge(model, v)})
+    tensors = {"v": v, "v_hat": evaluate.bridge(model, v)}
+
+    # what the prompts' ways of reading out need: no report, only summaries, may be copied
+    summaries = data.read_summaries(settings.summaries) if settings.summaries else {}
+    texts = {summaries.get(data.report_sha256(row.report)) for row in rows} - {None}
+    texts = {"summaries": json.dumps(sorted(texts)), "classes": "[]"}
+    classes = data.classes_of(rows)
+    if classes:
+        tensors["t_first"] = evaluate.embed_texts(
+            untrained(settings), [f"There is {name}" for name in classes])
+        texts["classes"] = json.dumps(classes)
+    content = save(tensors, texts)
     data.write_atomically(Path(settings.out) / "reference.safetensors", content)
+
+
+def untrained(settings):
+    """The run's model as it began."""
+    torch.manual_seed(settings.seed)
+    config = model_config(settings)
+    pairs, _, _ = training_data(settings, config)
+    return new_model(settings, config, pairs, settings.device, False).eval()
 
 
 def finish(settings):
@@ -766,10 +792,11 @@ def finish(settings):
     out, places = settings.out, f"the model, its curves and its log: {settings.out}/   "
     labelled = {row.split for row in data.read_manifest(settings.manifest) if row.labels}
     splits = [name for name in ("test", "valid", "validation") if name in labelled]
+    probe = settings.manifest if {"train", ""} & labelled else None
     if splits:
         result = evaluate.evaluate(
             out, settings.manifest, splits[0], pairs=scored_pairs(settings), cache=settings.cache,
-            device=settings.device, summaries=settings.summaries,
+            device=settings.device, summaries=settings.summaries, probe=probe,
         )
         print(evaluation_table(result))
         places += f"the evaluation: {out}/evaluation/report.html"

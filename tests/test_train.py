@@ -28,7 +28,7 @@ TINY = dict(
     text_dropout=0.0, dim=32, bank_size=16)
 SCHEDULE = dict(
     epochs=4, batch=8, optimizer="adamw", lr=1e-3, beta1=0.9, weight_decay=0.02,
-    schedule="cosine", warmup=4, clip=1.0, drawing="varied", holdout=0.2)
+    schedule="cosine", warmup=4, clip=1.0, drawing="all", holdout=0.2)
 SCRIPT = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
