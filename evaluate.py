@@ -574,7 +574,7 @@ class Study:
         self.weights = data.sha256_of(self.run / "model.safetensors")
         folder = cache or self.manifest.parent / "cache"
         self.cache = data.Cache.for_config(folder, self.model.config)
-        self.reference, self.texts = read_reference(self.run)
+        self.reference, self.texts = read_reference(self.run / "reference.safetensors")
 
     def score(self, v, way):
         """Scores (N, C) of volumes v (N, d) by one of READOUTS."""
@@ -696,13 +696,12 @@ class Study:
         return usage
 
 
-def read_reference(run):
+def read_reference(path):
     """A run's reference.safetensors: its tensors, and {"summaries", "classes"}, lists of str.
 
     All are empty where there is none. ValueError where it is damaged.
     """
-    path, texts = Path(run) / "reference.safetensors", {"summaries": [], "classes": []}
-    tensors = read_tensors(path)
+    tensors, texts = read_tensors(path), {"summaries": [], "classes": []}
     if tensors:
         try:
             with safe_open(path, "pt") as file:
@@ -745,7 +744,8 @@ def evaluate_volume(run, path, out=None, method=None, **options):
     with torch.inference_mode():
         one = torch.from_numpy(hu)[None, None].to(model.bank.weight.device)  # (1, 1, X, Y, Z)
         v = model.encode_image(one).float().cpu()
-    reference, texts = read_reference(run)
+    file = Path(run) / "reference.safetensors"
+    reference, texts = read_reference(file)
     readout = options.prompts_as, texts["summaries"]
     scores = score(model, v, prompts, options.pairs, None, *readout)[0]
     result = {"volume": str(path), "model": str(run)}
@@ -755,7 +755,6 @@ def evaluate_volume(run, path, out=None, method=None, **options):
 
     # rank
     percentiles, others = [None] * len(scores), []
-    file = Path(run) / "reference.safetensors"
     if reference:
         for name in ("v", "v_hat"):
             if name not in reference or reference[name].shape[1:] != v.shape[1:]:

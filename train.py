@@ -179,7 +179,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     plateau: torch.optim.lr_scheduler.ReduceLROnPlateau
-    progress: dict          # step, best score, and what the plateau schedule has come to
+    progress: dict          # step, lowest held-out loss, and what the plateau schedule has come to
 
     @property
     def out(self):
@@ -200,6 +200,8 @@ def train(settings):
         tokenizer = run.model.text.tokenizer.to_str()  # so that even the first epoch can be resumed
         data.write_atomically(run.out / "tokenizer.json", tokenizer.encode())
         log = Log(run.out / "log.jsonl", first)
+        if not first:
+            save_first_prompts(run)
 
     # batches from where the run stands; with several processes gradients are averaged over them
     loader, per_epoch, steps = batches(run)
@@ -285,7 +287,7 @@ def report_step(run, log, bar, lr, losses):
 
 
 def end_epoch(run, log, lr, epoch):
-    """Validate; let the plateau schedule learn of it, and keep the model where it is the best."""
+    """Validate; let the plateau schedule learn of it; keep the model of the lowest loss."""
     progress, valid = run.progress, validate(run)  # on every rank, so that all agree on the rate
     if run.settings.schedule == "plateau" and valid:
         run.plateau.step(valid["loss"])
@@ -293,9 +295,9 @@ def end_epoch(run, log, lr, epoch):
         progress["plateau"] = run.plateau.state_dict()
     if log:
         log.write(step=progress["step"], epoch=epoch, valid=valid)
-        score = valid.get("macro_auroc", -valid.get("loss", 0.0))
-        if progress["best"] is None or score >= progress["best"]:
-            progress["best"] = score
+        loss = valid.get("loss", 0.0)  # not the AUROC: that would take labels, and is noisier
+        if progress["best"] is None or loss <= progress["best"]:
+            progress["best"] = loss
             run.model.save_pretrained(run.out)
         plot_curves(log, run.out / "curves.png")
 
@@ -664,6 +666,21 @@ def save_state(run):
     data.write_atomically(state_file(run.settings), save(tensors, {"progress": progress}))
 
 
+def first_prompts(settings):
+    """Where the prompts' embeddings from before the training are kept."""
+    return Path(settings.out) / "state" / "first.safetensors"
+
+
+def save_first_prompts(run):
+    """Embed the held-out rows' classes as prompts by the model as it begins."""
+    classes = data.classes_of(run.held_out)
+    if classes:
+        t = evaluate.embed_texts(run.model.eval(), [f"There is {name}" for name in classes])
+        run.model.train()
+        content = save({"t_first": t}, {"classes": json.dumps(classes)})
+        data.write_atomically(first_prompts(run.settings), content)
+
+
 def load_state(path, model, optimizer, scaler):
     """Restore what save_state wrote; returns the progress."""
     try:
@@ -766,25 +783,13 @@ def save_reference(settings):
     v = evaluate.embed_volumes(model, rows, cache, settings.device)
     tensors = {"v": v, "v_hat": evaluate.bridge(model, v)}
 
-    # what the prompts' ways of reading out need: no report, only summaries, may be copied
+    # what the ways to read out need: no report, only summaries may be copied
+    first, texts = evaluate.read_reference(first_prompts(settings))
     summaries = data.read_summaries(settings.summaries) if settings.summaries else {}
-    texts = {summaries.get(data.report_sha256(row.report)) for row in rows} - {None}
-    texts = {"summaries": json.dumps(sorted(texts)), "classes": "[]"}
-    classes = data.classes_of(rows)
-    if classes:
-        tensors["t_first"] = evaluate.embed_texts(
-            untrained(settings), [f"There is {name}" for name in classes])
-        texts["classes"] = json.dumps(classes)
-    content = save(tensors, texts)
+    distinct = {summaries.get(data.report_sha256(row.report)) for row in rows} - {None}
+    texts["summaries"] = sorted(distinct)
+    content = save(tensors | first, {name: json.dumps(value) for name, value in texts.items()})
     data.write_atomically(Path(settings.out) / "reference.safetensors", content)
-
-
-def untrained(settings):
-    """The run's model as it began."""
-    torch.manual_seed(settings.seed)
-    config = model_config(settings)
-    pairs, _, _ = training_data(settings, config)
-    return new_model(settings, config, pairs, settings.device, False).eval()
 
 
 def finish(settings):

@@ -13,6 +13,7 @@ import nibabel
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -243,6 +244,66 @@ def test_rad_chestcts_calcification_is_the_larger_of_the_two_scores(bench):
     parts = ["Arterial wall calcification", "Coronary artery wall calcification"]
     both = evaluate.score(model, v, evaluate.make_prompts(parts))
     np.testing.assert_allclose(one, both.max(1), atol=1e-6)
+
+
+SUMMARIES = [
+    "There is no abnormality.", "There is lung nodule. There is mass.", "There is mass.",
+    "There is Lung nodule."]
+
+
+@pytest.mark.parametrize("pairs", [["v-t", "v_hat-t"], ["v_hat-t_hat"]])
+def test_each_way_to_read_out_is_what_it_says(bench, pairs):
+    model = BrgSA.from_pretrained(bench[0])
+    v = F.normalize(torch.randn(5, 16, generator=torch.Generator().manual_seed(0)), dim=-1)
+
+    def u(*texts):
+        t = evaluate.embed_texts(model, texts)
+        return F.normalize(evaluate.bridge(model, t) if "v_hat-t_hat" in pairs else t, dim=-1)
+
+    nodule, none = u("There is Lung nodule"), u("There is no abnormality")
+    added = u(*(f"{text} There is Lung nodule." for text in SUMMARIES)) - u(*SUMMARIES)
+    known = u(*SUMMARIES[1::2]).mean(0) - u(*SUMMARIES[::2]).mean(0)
+    expected = {
+        "plain": nodule, "contrast": nodule - none, "context": added.mean(0), "prototype": known}
+    prompts = evaluate.make_prompts(["Lung nodule"])
+    for way, t in expected.items():
+        v_hat = F.normalize(evaluate.bridge(model, v), dim=-1)
+        images = [v_hat if pair.startswith("v_hat") else v for pair in pairs]
+        t = F.normalize(t.reshape(-1), dim=0)
+        cosines = sum(image @ t for image in images) / len(pairs)
+        scores = evaluate.score(model, v, prompts, pairs, None, way, SUMMARIES)
+        np.testing.assert_allclose(scores[:, 0], cosines, atol=1e-5)
+    # a name that no summary holds is read in context
+    new = evaluate.make_prompts(["Empyema"])
+    ways = [evaluate.score(model, v, new, pairs, None, way, SUMMARIES)
+            for way in ("prototype", "context")]
+    np.testing.assert_array_equal(*ways)
+
+
+def test_all_ways_stand_side_by_side_and_summaries_are_needed_for_two(bench, tmp_path):
+    manifest, run = bench[1], make_run(tmp_path / "run")
+    with pytest.raises(ValueError, match="run: has no training summaries for --prompts-as context"):
+        evaluate.evaluate(run, manifest, prompts_as="context")
+    result = evaluate.evaluate(run, manifest)
+    assert list(result["readouts"]) == ["plain", "contrast"]
+    model = BrgSA.from_pretrained(run)
+    v = torch.zeros(1, 16)
+    tensors = {"v": v, "v_hat": v.clone(), "t_first": torch.randn(3, 16)}
+    texts = {"summaries": SUMMARIES, "classes": CLASSES}
+    texts = {name: json.dumps(value) for name, value in texts.items()}
+    save_file(tensors, run / "reference.safetensors", texts)
+    for way in evaluate.READOUTS:
+        result = evaluate.evaluate(run, manifest, prompts_as=way)
+        for name, value in result["readouts"][way].items():
+            assert value == pytest.approx(result["volume"]["macro"][name]["auroc"])
+    t = F.normalize(evaluate.embed_texts(model, [f"There is {name}" for name in CLASSES]), dim=-1)
+    cosines = (t @ t.T)[~torch.eye(len(CLASSES)).bool()]
+    assert result["prompt_cosines"]["after"] == pytest.approx(cosines.mean().item(), abs=1e-6)
+    page = (run / "evaluation/report.html").read_text()
+    assert "prompts as prototype" in page and "Are the prompts told apart?" in page
+    save_file(tensors, run / "reference.safetensors", {"summaries": "{1"})
+    with pytest.raises(ValueError, match="reference.safetensors: its metadata is damaged"):
+        evaluate.evaluate(run, manifest)
 
 
 def test_the_pairs_to_choose_from_are_the_models():

@@ -21,12 +21,14 @@ from model import (
     BrgSA,
     Config,
     ResNet3D,
+    ResNet8,
     TextEncoder,
     ViT3D,
     clean,
     joint_vectors,
     pick_device,
     train_tokenizer,
+    whitening,
     zero_shot_scores,
 )
 
@@ -67,7 +69,7 @@ def test_normalisation_is_the_authors():
     assert torch.allclose(out, (torch.tensor([-1.0, -1, 0, 1, 1]) - 0.4978) / 0.2449, atol=1e-5)
 
 
-@pytest.mark.parametrize("vision", ["vit", "resnet18"])
+@pytest.mark.parametrize("vision", ["vit", "resnet8", "resnet18"])
 def test_windows_become_channels_and_survive_saving(tmp_path, vision):
     model = small(vision, windows=((-1000, -500), (0, 200))).eval()
     hu = torch.tensor([-2000, -750, 0, 50, 3000], dtype=torch.int16).view(1, 1, 5, 1, 1)
@@ -121,6 +123,62 @@ def test_resnets_are_bottlenecks_that_shrink_32_times():
         assert torch.allclose(pooled, grid.mean((1, 2, 3)), atol=1e-6)
 
 
+def test_the_small_resnet_keeps_mean_and_maximum_of_every_stage():
+    torch.manual_seed(0)
+    net = ResNet8(width=4).eval()
+    assert net.width == 2 * (4 + 8 + 16 + 32)
+    volume = torch.randn(2, 1, 32, 32, 16)
+    pooled, cells = net(volume)
+    stage, means, maxima = net.stem(volume), [], []
+    for block in [torch.nn.Identity(), *net.blocks]:
+        stage = block(stage)
+        means.append(stage.mean((2, 3, 4)))
+        maxima.append(stage.amax((2, 3, 4)))
+    assert stage.shape == (2, 32, 2, 2, 1)
+    torch.testing.assert_close(pooled, torch.cat(means + maxima, 1))
+    # Where the sizes divide, the cells' mean is the means, twice.
+    assert cells.shape == (2, 4, 4, 2, 120)
+    finest = cells[..., :28].mean((1, 2, 3))
+    torch.testing.assert_close(finest, pooled[:, :28], atol=1e-5, rtol=1e-5)
+    assert torch.equal(cells[..., :60], cells[..., 60:])
+
+
+def test_a_text_is_the_sum_of_its_sentences_in_any_order():
+    model = small(text_pooling="sentences").eval()
+    parts = ["There is mass.", "There is no Nodule; 1.5 cm!", "There is pleural effusion"]
+    with torch.no_grad():
+        alone = model.encode_text(parts)
+        texts = [" ".join(parts), "\n".join(parts[::-1]), parts[0] + " - ?\n", ""]
+        together = model.encode_text(texts)
+    torch.testing.assert_close(together[0], alone.sum(0))
+    torch.testing.assert_close(together[1], alone.sum(0))
+    assert torch.equal(together[2], alone[0]) and together[3].isfinite().all()
+
+
+def test_sentences_begin_decorrelated_and_the_rare_ones_weigh_more():
+    counts = {"There is lung mass.": 64, "There is lung nodule.": 16, "There is bone nodule.": 4}
+    texts = [text for text, count in counts.items() for _ in range(count)]
+    model = small(text_pooling="sentences").eval()
+    with torch.no_grad():
+        before = F.normalize(model.encode_text(list(counts)), dim=-1)
+        model.initialise(volumes(8), texts)
+        t = model.encode_text(list(counts))
+    unit = F.normalize(t, dim=-1)
+    assert ((before @ before.T)[~torch.eye(3).bool()] > 0.5).all()
+    assert ((unit @ unit.T)[~torch.eye(3).bool()] < 0.1).all()
+    # 1 / share - 1 is a one-hot sentence's squared length after whitening
+    lengths = torch.tensor([84 / count - 1 for count in counts.values()]).sqrt()
+    torch.testing.assert_close(t.norm(dim=-1), lengths, rtol=0.2, atol=0.1)
+
+
+def test_whitened_features_have_equal_spread_where_they_differ():
+    x = torch.randn(500, 6, generator=torch.Generator().manual_seed(0)) * torch.arange(1, 7) ** 2
+    x = (x - 3) @ torch.randn(6, 6, generator=torch.Generator().manual_seed(1))
+    white = x @ whitening(x, 0.0)
+    torch.testing.assert_close(torch.cov(white.T, correction=0), torch.eye(6), atol=2e-3, rtol=0)
+    assert whitening(x[:3]).isfinite().all()  # fewer texts than channels
+
+
 def test_text_is_cleaned_to_letters_and_digits():
     text = "There is NO\npleural-effusion, 1.5 cm (left_side)."
     assert clean(text) == "there is no pleural effusion 1 5 cm left side"
@@ -159,7 +217,7 @@ def test_the_same_texts_give_the_same_tokenizer_with_the_frequent_words_whole():
     assert tokens == ["[CLS]", "nodule", "mass", *spelled, "[SEP]"]
 
 
-@pytest.mark.parametrize("vision", ["vit", "resnet18"])
+@pytest.mark.parametrize("vision", ["vit", "resnet8", "resnet18"])
 def test_initialise_spreads_a_first_batch_about_zero(vision):
     model, texts = small(vision), [f"nodule {i} of the lung" for i in range(8)]
     model.initialise(volumes(8), texts)
@@ -281,7 +339,7 @@ def test_dropout_is_of_the_text_encoders_training_alone():
     assert torch.equal(model.encode_text(TEXTS), model.encode_text(TEXTS))
 
 
-@pytest.mark.parametrize("vision", ["vit", "resnet18"])
+@pytest.mark.parametrize("vision", ["vit", "resnet8", "resnet18"])
 def test_what_is_saved_loads_the_same(tmp_path, vision):
     model = small(vision)
     model(volumes(4), TEXTS * 2)  # moves the running statistics
