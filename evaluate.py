@@ -35,9 +35,10 @@ class Options:
         None, "abnormalities, or one .json ({name: [prompts]}) or .txt (a name a line)", nargs="+")
     negative: bool = option(False, 'subtract the score of "There is no X"')
     prompts_as: str = option(
-        "plain", 'what scans are compared with: "There is X" (plain, the paper\'s), the same less '
+        None, 'what scans are compared with: "There is X" (plain, the paper\'s), the same less '
         '"There is no abnormality" (contrast), what it adds to the training summaries (context), '
-        "the training summaries with X less those without (prototype)", choices=READOUTS)
+        "the training summaries with X less those without (prototype); default: the run's",
+        choices=READOUTS)
     pairs: list = option(
         BOTH_FORMS, "the cosines that are averaged", nargs="+",
         choices=(*BOTH_FORMS, "v-t_hat", "v_hat-t_hat"))
@@ -504,7 +505,9 @@ def evaluate(run, manifest, split=None, out=None, scores=None, **options):
         prompts = prompts_for(options, rows)
         study = Study(run, manifest, options.cache, options.device, options.pairs, prompts)
         rows, v, skipped = study.embed(rows)
-        values = study.score(v, options.prompts_as)
+        way = options.prompts_as or ("plain" if options.protocol else study.model.config.prompts_as)
+        values = study.score(v, way)
+        result["prompts_as"] = way
         scores = out / "scores.csv"
         write_scores(scores, [row.name for row in rows], prompts, values)
         result |= study.describe(rows, v, options.summaries)
@@ -746,7 +749,7 @@ def evaluate_volume(run, path, out=None, method=None, **options):
         v = model.encode_image(one).float().cpu()
     file = Path(run) / "reference.safetensors"
     reference, texts = read_reference(file)
-    readout = options.prompts_as, texts["summaries"]
+    readout = options.prompts_as or config.prompts_as, texts["summaries"]
     scores = score(model, v, prompts, options.pairs, None, *readout)[0]
     result = {"volume": str(path), "model": str(run)}
     if config.trained_on == "phantom":

@@ -74,6 +74,7 @@ class Config:
     bank_init: str = "orthogonal"
     scale: float = 10.0                 # of InfoNCE's logits, the inverse temperature
     learn_scale: bool = False
+    prompts_as: str = "plain"           # how a prompt is read, see evaluate.prompt_vectors
     trained_on: str = ""                # "phantom" where it has seen no patient
     version: int = 2                    # of this file's layout
 
@@ -116,6 +117,7 @@ CHOICES = {
     "text_activation": ACTIVATIONS,
     "text_cleaning": ("authors", "plain"),
     "text_pooling": ("padded", "mean", "sentences"),
+    "prompts_as": ("plain", "contrast", "context", "prototype"),
 }
 # Numbers that must be more than 0.
 SIZES = (
@@ -326,7 +328,7 @@ class ResNet8(nn.Module):
     Stages of 1, 2, 4 and 8 times `width` channels, at 2, 4, 8 and 16 voxels a cell. The feature is
     the mean and the maximum of every stage, so that what fills one cell is not averaged away. The
     cells (B, gx, gy, gz, C) are the third stage's: what the feature would be of a volume that is
-    like this everywhere.
+    like this everywhere. In training, of which they would take a tenth, there are none (None).
     """
 
     def __init__(self, width=64, channels=1):
@@ -344,9 +346,12 @@ class ResNet8(nn.Module):
             stages.append(block(stages[-1]))
         means = [stage.mean((2, 3, 4)) for stage in stages]
         maxima = [F.adaptive_max_pool3d(stage, 1).flatten(1) for stage in stages]
-        grid = stages[2].shape[2:]
-        cells = torch.cat([F.adaptive_avg_pool3d(stage, grid) for stage in stages], 1)
-        return torch.cat(means + maxima, 1), torch.cat([cells, cells], 1).movedim(1, -1)
+        pooled, cells = torch.cat(means + maxima, 1), None
+        if not self.training:
+            grid = stages[2].shape[2:]
+            cells = [F.adaptive_avg_pool3d(stage, grid) for stage in stages]
+            cells = torch.cat(cells + cells, 1).movedim(1, -1)
+        return pooled, cells
 
 
 class ResNet3D(nn.Module):

@@ -749,7 +749,7 @@ def plot_curves(log, path):
 
 # ---- 7. The phantom, and what comes after the training -------------------------------------------
 
-PHANTOM = dict(train=800, valid=240, masks=True)
+PHANTOM = dict(train=1600, valid=240, masks=True)
 PHANTOM_FOLDER = Path("runs/phantom-data")
 
 
@@ -772,24 +772,53 @@ def phantom_summaries(device="cpu"):
 
 
 def save_reference(settings):
-    """reference.safetensors: the training scans' embeddings by the best model.
+    """reference.safetensors, of the best model: what one scan is ranked among, and read against.
 
-    Against them one scan's scores are ranked.
+    The training scans' embeddings; the summaries (never the reports) of those learnt from; the
+    prompts' embeddings before the training. Then the way to read prompts is chosen.
     """
-    model = BrgSA.from_pretrained(settings.out).to(settings.device)
-    cache = volume_cache(settings, model.config)
-    rows, _ = training_rows(data.read_manifest(settings.manifest), 0)
-    rows = [row for row in rows if cache.holds(row)]
-    v = evaluate.embed_volumes(model, rows, cache, settings.device)
-    tensors = {"v": v, "v_hat": evaluate.bridge(model, v)}
-
-    # what the ways to read out need: no report, only summaries may be copied
-    first, texts = evaluate.read_reference(first_prompts(settings))
+    study = evaluate.Study(settings.out, settings.manifest, settings.cache, settings.device,
+                           scored_pairs(settings), {})
+    rows, held_out = training_rows(data.read_manifest(settings.manifest), settings.holdout)
     summaries = data.read_summaries(settings.summaries) if settings.summaries else {}
-    distinct = {summaries.get(data.report_sha256(row.report)) for row in rows} - {None}
-    texts["summaries"] = sorted(distinct)
-    content = save(tensors | first, {name: json.dumps(value) for name, value in texts.items()})
+    summary_of = {}
+    for row in rows + held_out:
+        summary_of[row.name] = summaries.get(data.report_sha256(row.report))
+    both, v, _ = study.embed(rows + held_out)  # which the linear probe reads again
+    tensors, texts = evaluate.read_reference(first_prompts(settings))
+    texts["summaries"] = sorted({summary_of[row.name] for row in rows} - {None})
+    tensors |= {"v": v, "v_hat": evaluate.bridge(study.model, v)}
+    content = save(tensors, {name: json.dumps(value) for name, value in texts.items()})
     data.write_atomically(Path(settings.out) / "reference.safetensors", content)
+
+    patients = {row.patient for row in held_out}
+    held = [i for i, row in enumerate(both) if row.patient in patients and summary_of[row.name]]
+    if held:
+        choose_prompts(study, v[held], [summary_of[both[i].name] for i in held])
+
+
+def choose_prompts(study, v, summaries):
+    """Choose on held-out volumes v (N, d) between plain prompts and contrast, for config.json.
+
+    Without labels: their summaries say what is there. (The other ways need more than the model.)
+    """
+    statements = [set(data.sentences(summary)) for summary in summaries]
+    names = sorted(set().union(*statements) - {"There is no abnormality."})
+    if not names:
+        return
+    labels = numpy.array([numpy.isin(names, list(parts)) for parts in statements], float)
+    values = {}
+    for name in names:
+        study.prompts[name] = {"positive": [name], "negative": [], "combine": "mean"}
+    for way in evaluate.READOUTS[:2]:
+        values[way] = float(numpy.nanmean(auroc(study.score(v, way), labels)))
+    config = study.model.config
+    config.prompts_as = max(values, key=values.get)
+    content = json.dumps(asdict(config), indent=1).encode()
+    data.write_atomically(study.run / "config.json", content)
+    shown = ", ".join(f"{way} {100 * value:.1f}" for way, value in values.items())
+    print(f"prompts are read as {config.prompts_as}: macro AUROC of what the summaries of "
+          f"{len(v)} held-out volumes affirm: {shown}")
 
 
 def finish(settings):
