@@ -72,7 +72,7 @@ def test_rollout_equals_its_published_form_with_whole_attention_matrices(monkeyp
     np.testing.assert_allclose(grid.ravel(), rolled[0, 1:].detach(), rtol=1e-4, atol=1e-9)
 
 
-@pytest.mark.parametrize("vision", ["vit", "resnet18"])
+@pytest.mark.parametrize("vision", ["vit", "resnet8", "resnet18"])
 def test_no_hook_stays_whether_the_map_is_made_or_fails(vision, monkeypatch):
     model, hu = tiny_model(vision=vision), random_hu()
     heatmap.heatmap(model, hu, TEXTS)
@@ -111,7 +111,21 @@ def test_where_the_last_stage_is_too_coarse_an_earlier_ones_features_meet_their_
     np.testing.assert_allclose(grid, expected, rtol=1e-3, atol=1e-7)
 
 
-@pytest.mark.parametrize("vision, wrong", [("vit", "gradcam"), ("resnet18", "rollout")])
+def test_the_small_resnets_map_has_cells_of_four_voxels():
+    model, hu = tiny_model(vision="resnet8"), random_hu()
+    grid = heatmap.heatmap(model, hu, TEXTS)
+    assert grid.shape == (8, 8, 6) and grid.max() > 0
+    with heatmap.record(model.vision.blocks[:1]) as stages:
+        v = model.encode_image(as_batch(hu))
+        stages[0].retain_grad()
+    score(model, v).backward()
+    expected = (stages[0] * stages[0].grad)[0].sum(0).relu().detach()
+    np.testing.assert_allclose(grid, expected, rtol=1e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize("vision, wrong", [
+    ("vit", "gradcam"), ("resnet8", "rollout"), ("resnet18", "rollout"),
+])
 def test_a_map_that_the_encoder_cannot_give_is_refused(vision, wrong):
     model, hu = tiny_model(vision=vision), np.zeros(TINY["shape"], np.int16)
     assert np.abs(heatmap.heatmap(model, hu, ["x"], "similarity")).max() <= 1.0001

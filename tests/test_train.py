@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import nibabel
 import numpy
@@ -17,8 +18,9 @@ import torch
 from safetensors.torch import load_file
 
 import data
+import evaluate
 import train
-from model import BrgSA
+from model import BrgSA, Config
 
 ROOT = Path(train.__file__).parent
 TINY = dict(
@@ -127,7 +129,12 @@ def test_it_learns_from_reports_what_it_never_saw_a_label_of(tmp_path):
     assert any({"total", "mse", "info_nce", "info_nce_hat"} <= set(line) for line in log)
     assert log[-1]["valid"]["macro_auroc"] > 0.8
     assert "The scan has" not in (tmp_path / "run" / "log.jsonl").read_text()
-    assert len(load_file(tmp_path / "run" / "reference.safetensors")["v_hat"]) == 60
+    reference, texts = evaluate.read_reference(tmp_path / "run" / "reference.safetensors")
+    assert len(reference["v_hat"]) == 60 and texts["classes"] == list(FINDINGS)
+    assert reference["t_first"].shape == (3, 32)
+    allowed = {"There is no abnormality.", *(f"There is {name}." for name in FINDINGS)}
+    kept = {sentence for text in texts["summaries"] for sentence in data.sentences(text)}
+    assert kept <= allowed and len(kept) > 2  # summaries, not reports
 
 
 def test_the_bank_begins_from_kmeans_and_stays_where_it_is_frozen(tmp_path):
@@ -402,3 +409,17 @@ def test_a_finished_run_is_not_overwritten(tmp_path):
     state.write_bytes(state.read_bytes()[:1000])
     with pytest.raises(ValueError, match="damaged"):
         run(tmp_path, "--resume")
+
+
+def test_the_way_to_read_prompts_is_chosen_by_what_held_out_summaries_affirm(tmp_path, capsys):
+    summaries = ["There is mass.", "There is no abnormality.", "There is hernia. There is mass."]
+    affirmed = numpy.array([[0, 1], [0, 0], [1, 1]])  # hernia, mass
+    for best, worst in (("contrast", "plain"), ("plain", "contrast")):
+        scores = {best: affirmed, worst: -affirmed}
+        study = SimpleNamespace(
+            run=tmp_path, model=SimpleNamespace(config=Config()), prompts={},
+            score=lambda v, way: scores[way])
+        train.choose_prompts(study, torch.zeros(3, 4), summaries)
+        assert list(study.prompts) == ["There is hernia.", "There is mass."]
+        assert json.loads((tmp_path / "config.json").read_text())["prompts_as"] == best
+        assert f"{best} 100.0" in capsys.readouterr().out
