@@ -88,7 +88,7 @@ SCHEDULES = {
     "base": {},
     # A text encoder that begins from nothing and learns draws rare sentences together: it stays.
     "phantom": dict(
-        epochs=30, batch=32, optimizer="muon", lr=3e-3, text_lr=0.0, beta1=0.9, weight_decay=0.02,
+        epochs=30, batch=32, optimizer="muon", lr=6e-3, text_lr=0.0, beta1=0.9, weight_decay=0.02,
         schedule="cosine", warmup=30, clip=1.0, drawing="all", holdout=0.1,
     ),
 }
