@@ -350,6 +350,9 @@ def bench_ablation(arguments):
             command += ["--resume"] if with_bank else "--resume --alpha 0 --gamma 0".split()
             if not (run / "evaluation/metrics.json").exists() and train.main(command):
                 return 130  # stopped by Ctrl-C
+            evaluate.evaluate(  # for all arms by the same prompts
+                run, manifest, "valid", pairs=PAIRS[:1 + with_bank], summaries=texts,
+                prompts_as="plain")
             results[arm].append(collect(run, rows))
             if seed == 0:
                 study = evaluate.Study(run, manifest, None, None, PAIRS[:2], {})

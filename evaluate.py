@@ -35,9 +35,9 @@ class Options:
         None, "abnormalities, or one .json ({name: [prompts]}) or .txt (a name a line)", nargs="+")
     negative: bool = option(False, 'subtract the score of "There is no X"')
     prompts_as: str = option(
-        None, 'what scans are compared with: "There is X" (plain, the paper\'s), the same less '
-        '"There is no abnormality" (contrast), what it adds to the training summaries (context), '
-        "the training summaries with X less those without (prototype); default: the run's",
+        None, 'what scans are compared with: "There is X" (plain, the paper\'s), the same less half '
+        'of "There is no abnormality" (contrast), likewise what it adds to training summaries '
+        "(context), training summaries with X less those without (prototype); default: the run's",
         choices=READOUTS)
     pairs: list = option(
         BOTH_FORMS, "the cosines that are averaged", nargs="+",
@@ -216,15 +216,18 @@ def prompt_vectors(embed, texts, way="plain", summaries=()):
     With t = embed and S the summaries of the training reports; no way uses a label:
 
         plain      t(text), as in the paper
-        contrast   t(text) - t("There is no abnormality")
-        context    mean over up to 64 of S of t(S + text) - t(S)
-        prototype  mean t of those of S that hold the text less the mean t of the others; context
-                   for a text that none or all of them hold
+        contrast   t(text) - t0, where t0 is half of t("There is no abnormality")
+        context    unit(mean over up to 64 of S of t(S + text) - t(S)) - t0
+        prototype  unit(mean t of those of S that hold the text - mean t of the others) - t0;
+                   context for a text that none or all of them hold
+
+    The half was chosen on the phantom of another seed (docs/RESULTS.md).
     """
     if way == "plain":
         return embed(texts)
+    none = embed(["There is no abnormality"]) / 2
     if way == "contrast":
-        return embed(texts) - embed(["There is no abnormality"])
+        return embed(texts) - none
     some = summaries[::math.ceil(len(summaries) / 64)]
     alone, vectors = embed(some), []
     whole = embed(summaries) if way == "prototype" else None
@@ -235,7 +238,7 @@ def prompt_vectors(embed, texts, way="plain", summaries=()):
             vectors.append(whole[holds].mean(0) - whole[~holds].mean(0))
         else:
             vectors.append((embed([f"{summary} {text}." for summary in some]) - alone).mean(0))
-    return torch.stack(vectors)
+    return F.normalize(torch.stack(vectors), dim=-1) - none
 
 
 def score(model, v, prompts, pairs=PAIRS[:2], v_hat=None, way="plain", summaries=()):

@@ -59,7 +59,7 @@ class Settings:
     beta2: float = option(0.999, "Adam's second", 0, 0.999999)
     weight_decay: float = option(1e-6, "of matrices; not of biases and norms", 0, 10)
     schedule: str = option(
-        "plateau", "plateau: halved if the held-out loss hasn't fallen for 5 epochs",
+        "plateau", "plateau: halved if the held-out loss hasn't fallen for 5 validations",
         choices=("plateau", "cosine"))
     warmup: int = option(0, "steps of linear warm-up", 0)
     clip: float = option(0.25, "largest gradient norm", 1e-6, 1e6)
@@ -76,6 +76,7 @@ class Settings:
     bank_frozen: bool = option(False, "keep the bank as it begins")
     holdout: float = option(
         0.05, "share of the patients held back, to choose the best model by", 0, 0.9)
+    validate_every: int = option(1, "epochs from one validation to the next", 1)
     seed: int = option(0, "of everything random", 0, 2**31)
     workers: int = option(
         -1, "processes that load volumes; -1: up to 8 beside a GPU, else 0", -1, 256)
@@ -88,8 +89,8 @@ SCHEDULES = {
     "base": {},
     # A text encoder that begins from nothing and learns draws rare sentences together: it stays.
     "phantom": dict(
-        epochs=30, batch=32, optimizer="muon", lr=6e-3, text_lr=0.0, beta1=0.9, weight_decay=0.02,
-        schedule="cosine", warmup=30, clip=1.0, drawing="all", holdout=0.1,
+        epochs=32, batch=32, optimizer="muon", lr=6e-3, text_lr=0.0, beta1=0.9, weight_decay=0.02,
+        schedule="cosine", warmup=30, clip=1.0, drawing="all", holdout=0.1, validate_every=3,
     ),
 }
 
@@ -224,13 +225,13 @@ def train(settings):
             report_step(run, log, bar, lr, losses)
             losses.clear()
 
-        # every epoch: validate, adapt the learning rate, keep the best model
-        epoch_ends = last or done % per_epoch == 0
-        if epoch_ends:
+        # every so many epochs: validate, adapt the learning rate, keep the best model
+        validates = last or done % (per_epoch * settings.validate_every) == 0
+        if validates:
             end_epoch(run, log, lr, done / per_epoch)
 
-        # every epoch, every 15 minutes, at a signal: save what resumption needs
-        if log and (epoch_ends or signals or time.monotonic() - saved_at > 900):
+        # then, every 15 minutes, at a signal: save what resumption needs
+        if log and (validates or signals or time.monotonic() - saved_at > 900):
             save_state(run)
             saved_at = time.monotonic()
         if signals:
@@ -749,7 +750,7 @@ def plot_curves(log, path):
 
 # ---- 7. The phantom, and what comes after the training -------------------------------------------
 
-PHANTOM = dict(train=1600, valid=240, masks=True)
+PHANTOM = dict(train=1400, valid=240, masks=True)
 PHANTOM_FOLDER = Path("runs/phantom-data")
 
 

@@ -260,11 +260,13 @@ def test_each_way_to_read_out_is_what_it_says(bench, pairs):
         t = evaluate.embed_texts(model, texts)
         return F.normalize(evaluate.bridge(model, t) if "v_hat-t_hat" in pairs else t, dim=-1)
 
-    nodule, none = u("There is Lung nodule"), u("There is no abnormality")
+    nodule, half = u("There is Lung nodule"), u("There is no abnormality") / 2
     added = u(*(f"{text} There is Lung nodule." for text in SUMMARIES)) - u(*SUMMARIES)
     known = u(*SUMMARIES[1::2]).mean(0) - u(*SUMMARIES[::2]).mean(0)
     expected = {
-        "plain": nodule, "contrast": nodule - none, "context": added.mean(0), "prototype": known}
+        "plain": nodule, "contrast": nodule - half,
+        "context": F.normalize(added.mean(0), dim=-1) - half,
+        "prototype": F.normalize(known, dim=-1) - half}
     prompts = evaluate.make_prompts(["Lung nodule"])
     for way, t in expected.items():
         v_hat = F.normalize(evaluate.bridge(model, v), dim=-1)

@@ -269,8 +269,9 @@ def test_a_hand_written_manifest_without_labels_trains_and_validates_by_its_loss
 def test_the_authors_optimiser_schedule_and_accumulated_batches_run(tmp_path):
     easy_manifest(tmp_path, 40)
     run(tmp_path, "--epochs", 12, "--optimizer", "adam", "--schedule", "plateau",
-        "--accumulate", 2, "--learn-scale")
+        "--accumulate", 2, "--learn-scale", "--validate-every", 5)
     assert read_log(tmp_path)[-1]["step"] == 12 * 3 // 2
+    assert [line["step"] for line in read_log(tmp_path) if "valid" in line] == [5, 10, 15, 18]
     assert BrgSA.from_pretrained(tmp_path / "run").scale != 10
 
 
