@@ -35,8 +35,8 @@ class Options:
         None, "abnormalities, or one .json ({name: [prompts]}) or .txt (a name a line)", nargs="+")
     negative: bool = option(False, 'subtract the score of "There is no X"')
     prompts_as: str = option(
-        None, 'what scans are compared with: "There is X" (plain, the paper\'s), the same less half '
-        'of "There is no abnormality" (contrast), likewise what it adds to training summaries '
+        None, 'what scans are compared with: "There is X" (plain, the paper\'s), less half of '
+        '"There is no abnormality" (contrast), likewise what it adds to training summaries '
         "(context), training summaries with X less those without (prototype); default: the run's",
         choices=READOUTS)
     pairs: list = option(
