@@ -241,6 +241,17 @@ def prompt_vectors(embed, texts, way="plain", summaries=()):
     return F.normalize(torch.stack(vectors), dim=-1) - none
 
 
+def readout(options, config, summaries):
+    """The one of READOUTS that is asked for, else plain by the authors' protocol, else the run's.
+
+    Of a run without its summaries contrast, where it has chosen a way that needs them.
+    """
+    if options.prompts_as or options.protocol:
+        return options.prompts_as or "plain"
+    needs = config.prompts_as in READOUTS[2:]
+    return "contrast" if needs and not summaries else config.prompts_as
+
+
 def score(model, v, prompts, pairs=PAIRS[:2], v_hat=None, way="plain", summaries=()):
     """Scores (N, C) of volumes v (N, d): mean or max of positive less mean of negative prompts.
 
@@ -508,7 +519,7 @@ def evaluate(run, manifest, split=None, out=None, scores=None, **options):
         prompts = prompts_for(options, rows)
         study = Study(run, manifest, options.cache, options.device, options.pairs, prompts)
         rows, v, skipped = study.embed(rows)
-        way = options.prompts_as or ("plain" if options.protocol else study.model.config.prompts_as)
+        way = readout(options, study.model.config, study.texts["summaries"])
         values = study.score(v, way)
         result["prompts_as"] = way
         scores = out / "scores.csv"
@@ -752,8 +763,8 @@ def evaluate_volume(run, path, out=None, method=None, **options):
         v = model.encode_image(one).float().cpu()
     file = Path(run) / "reference.safetensors"
     reference, texts = read_reference(file)
-    readout = options.prompts_as or config.prompts_as, texts["summaries"]
-    scores = score(model, v, prompts, options.pairs, None, *readout)[0]
+    way = readout(options, config, texts["summaries"]), texts["summaries"]
+    scores = score(model, v, prompts, options.pairs, None, *way)[0]
     result = {"volume": str(path), "model": str(run)}
     if config.trained_on == "phantom":
         result["warning"] = report.PHANTOM_WARNING
@@ -766,7 +777,7 @@ def evaluate_volume(run, path, out=None, method=None, **options):
             if name not in reference or reference[name].shape[1:] != v.shape[1:]:
                 raise ValueError(f"{file}: is not this model's; delete it, the training writes it")
         others = score(
-            model, reference["v"], prompts, options.pairs, reference["v_hat"], *readout)  # (N, C)
+            model, reference["v"], prompts, options.pairs, reference["v_hat"], *way)  # (N, C)
         lower, equal = (others < scores).mean(0), (others == scores).mean(0)
         percentiles = (100 * (lower + equal / 2)).tolist()
     findings = []

@@ -795,13 +795,14 @@ def save_reference(settings):
     patients = {row.patient for row in held_out}
     held = [i for i, row in enumerate(both) if row.patient in patients and summary_of[row.name]]
     if held:
+        study.texts = texts
         choose_prompts(study, v[held], [summary_of[both[i].name] for i in held])
 
 
 def choose_prompts(study, v, summaries):
-    """Choose on held-out volumes v (N, d) between plain prompts and contrast, for config.json.
+    """Choose on held-out volumes v (N, d) how prompts are read by default, for config.json.
 
-    Without labels: their summaries say what is there. (The other ways need more than the model.)
+    Without labels: the volumes' summaries say what is there.
     """
     statements = [set(data.sentences(summary)) for summary in summaries]
     names = sorted(set().union(*statements) - {"There is no abnormality."})
@@ -811,7 +812,7 @@ def choose_prompts(study, v, summaries):
     values = {}
     for name in names:
         study.prompts[name] = {"positive": [name], "negative": [], "combine": "mean"}
-    for way in evaluate.READOUTS[:2]:
+    for way in evaluate.READOUTS:
         values[way] = float(numpy.nanmean(auroc(study.score(v, way), labels)))
     config = study.model.config
     config.prompts_as = max(values, key=values.get)

@@ -303,6 +303,14 @@ def test_all_ways_stand_side_by_side_and_summaries_are_needed_for_two(bench, tmp
     assert result["prompt_cosines"]["after"] == pytest.approx(cosines.mean().item(), abs=1e-6)
     page = (run / "evaluation/report.html").read_text()
     assert "prompts as prototype" in page and "Are the prompts told apart?" in page
+
+    # by default as the run has chosen, as the authors do, or without what it needs
+    path = run / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"prompts_as": "prototype"}))
+    assert evaluate.evaluate(run, manifest)["prompts_as"] == "prototype"
+    assert evaluate.evaluate(run, manifest, protocol="authors")["prompts_as"] == "plain"
+    save_file(tensors, run / "reference.safetensors")
+    assert evaluate.evaluate(run, manifest)["prompts_as"] == "contrast"
     save_file(tensors, run / "reference.safetensors", {"summaries": "{1"})
     with pytest.raises(ValueError, match="reference.safetensors: its metadata is damaged"):
         evaluate.evaluate(run, manifest)

@@ -415,8 +415,8 @@ def test_a_finished_run_is_not_overwritten(tmp_path):
 def test_the_way_to_read_prompts_is_chosen_by_what_held_out_summaries_affirm(tmp_path, capsys):
     summaries = ["There is mass.", "There is no abnormality.", "There is hernia. There is mass."]
     affirmed = numpy.array([[0, 1], [0, 0], [1, 1]])  # hernia, mass
-    for best, worst in (("contrast", "plain"), ("plain", "contrast")):
-        scores = {best: affirmed, worst: -affirmed}
+    for best in evaluate.READOUTS:
+        scores = dict.fromkeys(evaluate.READOUTS, -affirmed) | {best: affirmed}
         study = SimpleNamespace(
             run=tmp_path, model=SimpleNamespace(config=Config()), prompts={},
             score=lambda v, way: scores[way])
