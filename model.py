@@ -456,6 +456,12 @@ class TextEncoder(nn.Module):
                 c.text_width, c.text_heads, c.text_mlp, c.text_eps, c.text_dropout,
                 ACTIVATIONS[c.text_activation]))
         self.apply(_initialise)
+        # Blocks that stay as they begin must mix words: without that, "pleural calcification" is
+        # "pericardial calcification" plus "pleural effusion" less "pericardial effusion".
+        if c.text_pooling == "sentences":
+            for weight in self.blocks.parameters():
+                if weight.ndim > 1:
+                    nn.init.normal_(weight, std=c.text_width ** -0.5)
         self.set_tokenizer(tokenizer or train_tokenizer([], c.vocabulary))
 
     def set_tokenizer(self, tokenizer):
@@ -714,7 +720,7 @@ def joint_vectors(v, v_hat, t, t_hat, pairs=PAIRS[:2]):
     return images, torch.cat([unit[text] for _, text in sides], -1)
 
 
-def whitening(features, floor=0.01):
+def whitening(features, floor=0.001):
     """The matrix (C, C) that decorrelates features (N, C) and gives them equal spread.
 
     Directions in which they hardly differ are amplified less: the variances are raised by a share

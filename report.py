@@ -40,7 +40,8 @@ def evaluation_table(result):
         lines.append(line)
     for way, values in result.get("readouts", {}).items():
         shares = ", ".join(f"{name} {_percent(value)}" for name, value in values.items())
-        lines.append(f"macro AUROC with prompts as {way}: {shares}")
+        above = ", as above" * (way == result["prompts_as"])
+        lines.append(f"macro AUROC with prompts as {way}{above}: {shares}")
     if "compare" in result:
         difference = _difference(result["compare"])
         lines.append(f"macro AUROC difference to {result['compare']['with']}: {difference}")
@@ -268,7 +269,8 @@ def _readouts(result):
     ways, groups = result.get("readouts", {}), result["volume"]["macro"]
     lines = []
     for way, values in ways.items():
-        lines.append([f"prompts as {way}", *(_percent(values[name]) for name in groups)])
+        name = f"prompts as {way}" + ", as above" * (way == result["prompts_as"])
+        lines.append([name, *(_percent(values[group]) for group in groups)])
     if "probe" in result:
         values = [_percent(values["probe_auroc"]) for values in groups.values()]
         lines.append(["linear probe, trained on labels", *values])

@@ -171,6 +171,18 @@ def test_sentences_begin_decorrelated_and_the_rare_ones_weigh_more():
     torch.testing.assert_close(t.norm(dim=-1), lengths, rtol=0.2, atol=0.1)
 
 
+def test_no_finding_is_the_sum_of_others_whose_words_it_has():
+    parts = [f"There is {place} {what}." for place in ("pleural", "pericardial", "lung")
+             for what in ("effusion", "calcification", "mass")]
+    torch.manual_seed(0)
+    changes = {"text_pooling": "sentences", "text_width": 64}
+    model = BrgSA(Config(**{**vars(SMALL), **changes}), train_tokenizer(parts, 300)).eval()
+    with torch.no_grad():
+        model.initialise(volumes(8), parts * 3)
+        t = F.normalize(model.encode_text(parts), dim=-1)
+    assert (t @ t.T)[~torch.eye(9).bool()].max() < 0.3
+
+
 def test_whitened_features_have_equal_spread_where_they_differ():
     x = torch.randn(500, 6, generator=torch.Generator().manual_seed(0)) * torch.arange(1, 7) ** 2
     x = (x - 3) @ torch.randn(6, 6, generator=torch.Generator().manual_seed(1))
