@@ -344,8 +344,8 @@ class ResNet8(nn.Module):
         stages = [self.stem(volumes)]
         for block in self.blocks:
             stages.append(block(stages[-1]))
-        means = [stage.mean((2, 3, 4)) for stage in stages]
-        maxima = [F.adaptive_max_pool3d(stage, 1).flatten(1) for stage in stages]
+        flat = [stage.movedim(1, -1).flatten(1, 3) for stage in stages]        # as it is in memory
+        means, maxima = [x.mean(1) for x in flat], [x.max(1).values for x in flat]
         pooled, cells = torch.cat(means + maxima, 1), None
         if not self.training:
             grid = stages[2].shape[2:]

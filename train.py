@@ -80,6 +80,9 @@ class Settings:
     seed: int = option(0, "of everything random", 0, 2**31)
     workers: int = option(
         -1, "processes that load volumes; -1: up to 8 beside a GPU, else 0", -1, 256)
+    precision: str = option(
+        "auto", "of the encoders; auto: bfloat16 where the processor has it, float16 on other GPUs",
+        choices=("auto", "float32", "bfloat16", "float16"))
     device: str = option("", "cpu, cuda or cuda:1; default: cuda where there is one")
 
     __post_init__ = data.check_options
@@ -89,7 +92,7 @@ SCHEDULES = {
     "base": {},
     # A text encoder that begins from nothing and learns draws rare sentences together: it stays.
     "phantom": dict(
-        epochs=32, batch=32, optimizer="muon", lr=6e-3, text_lr=0.0, beta1=0.9, weight_decay=0.02,
+        epochs=40, batch=32, optimizer="muon", lr=6e-3, text_lr=0.0, beta1=0.9, weight_decay=0.02,
         schedule="cosine", warmup=30, clip=1.0, drawing="all", holdout=0.1, validate_every=3,
     ),
 }
@@ -164,6 +167,9 @@ from model import (
     zero_shot_scores,
 )
 from report import evaluation_table
+
+PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
 
 # ---- 2. The loop ---------------------------------------------------------------------------------
 
@@ -241,7 +247,7 @@ def train(settings):
 
 def training_step(run, parallel, loader, lr, losses):
     """One optimiser step over `accumulate` batches; appends to losses, lists by name."""
-    settings, amp = run.settings, mixed_precision(run.device)
+    settings, amp = run.settings, mixed_precision(run.settings)
     for group in run.optimizer.param_groups:
         group["lr"] = lr * group["share"]
     # what is dropped out depends on the step alone, so that a resumed run goes on exactly
@@ -344,11 +350,12 @@ def learning_rate(settings, step, steps):
     return rate
 
 
-def mixed_precision(device):
-    """The type for autocast: bfloat16 on a GPU that computes in it, else float16; on a CPU none,
-    whose bfloat16 batch norm overflows."""
-    if device.type != "cuda":
-        return None
+def mixed_precision(settings):
+    """The type for autocast, or None, to compute in float32."""
+    if settings.precision != "auto":
+        return PRECISIONS[settings.precision]
+    if settings.device == "cpu":
+        return torch.bfloat16 if torch.cpu.get_capabilities().get("amx_bf16") else None
     has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.bfloat16 if has_bf16 else torch.float16
 
@@ -391,7 +398,7 @@ def set_up(settings):
         model.text_projection.requires_grad_(False)
     optimizer = make_optimizer(model, settings)
     plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=5)
-    scaler = torch.amp.GradScaler(device.type, enabled=mixed_precision(device) == torch.float16)
+    scaler = torch.amp.GradScaler(device.type, enabled=mixed_precision(settings) == torch.float16)
     manifest = data.sha256_of(settings.manifest)
     progress = {
         "step": 0, "best": None, "lr_factor": 1.0, "plateau": None, "manifest_sha256": manifest}
@@ -750,7 +757,7 @@ def plot_curves(log, path):
 
 # ---- 7. The phantom, and what comes after the training -------------------------------------------
 
-PHANTOM = dict(train=1400, valid=240, masks=True)
+PHANTOM = dict(train=1600, valid=240, masks=True)
 PHANTOM_FOLDER = Path("runs/phantom-data")
 
 
@@ -802,24 +809,26 @@ def save_reference(settings):
 def choose_prompts(study, v, summaries):
     """Choose on held-out volumes v (N, d) how prompts are read by default, for config.json.
 
-    Without labels: the volumes' summaries say what is there.
+    Without labels: the volumes' summaries say what is there. A finding's AUROC counts as often as
+    they affirm it, since that of few is known badly.
     """
     statements = [set(data.sentences(summary)) for summary in summaries]
     names = sorted(set().union(*statements) - {"There is no abnormality."})
     if not names:
         return
     labels = numpy.array([numpy.isin(names, list(parts)) for parts in statements], float)
-    values = {}
+    values, counts = {}, labels.sum(0)
     for name in names:
         study.prompts[name] = {"positive": [name], "negative": [], "combine": "mean"}
     for way in evaluate.READOUTS:
-        values[way] = float(numpy.nanmean(auroc(study.score(v, way), labels)))
+        known = numpy.nan_to_num(auroc(study.score(v, way), labels))
+        values[way] = float(known @ counts / counts.sum())
     config = study.model.config
     config.prompts_as = max(values, key=values.get)
     content = json.dumps(asdict(config), indent=1).encode()
     data.write_atomically(study.run / "config.json", content)
     shown = ", ".join(f"{way} {100 * value:.1f}" for way, value in values.items())
-    print(f"prompts are read as {config.prompts_as}: macro AUROC of what the summaries of "
+    print(f"prompts are read as {config.prompts_as}: mean AUROC of what the summaries of "
           f"{len(v)} held-out volumes affirm: {shown}")
 
 
