@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections import Counter, defaultdict
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -30,7 +31,8 @@ def parse(argv=None):
         example = f"example: python bench.py {name} {example}"
         return commands.add_parser(name, help=help, epilog=example).add_argument
 
-    add("preprocess", "resampling of one scan beside SimpleITK")
+    add("preprocess", "reading and resampling of one scan beside SimpleITK")
+    add("train", "a training step beside transformers' ViT and BERT")
     option = add("evaluate", "1,000 patient resamples beside scikit-learn; one scan", "--sets 200")
     option("--sets", type=int, default=1000, help="simulated data sets for the intervals")
     option = add("summarize", "the small summarizer; the decoder beside transformers", "--small")
@@ -63,11 +65,12 @@ import data
 import evaluate
 import llm
 import metrics
+import phantom
 import phantom_reports
 import report
 import summarize
 import train
-from model import PAIRS, BrgSA, clean
+from model import PAIRS, BrgSA, Config, clean
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -101,17 +104,118 @@ def memory(key):
 
 # ---------------------------------------------------------------- preprocess
 def bench_preprocess(arguments):
-    """Resampling of one scan beside SimpleITK, which neither crops nor pads; both on all cores."""
+    """One scan, as a file, beside SimpleITK, which neither crops nor pads; both on all cores."""
     import SimpleITK as sitk
-    voxels = np.random.default_rng(0).integers(-1000, 1000, (512, 512, 300)).astype(np.int16)
-    hu, spacing = np.asfortranarray(voxels), (0.7, 0.7, 1.0)
-    image, grid = sitk.GetImageFromArray(hu.T), sitk.Image(239, 239, 100, sitk.sitkInt16)
-    image.SetSpacing(spacing)
+    hu = phantom.draw(0, "valid", 0)[0]
+    for axis, size in enumerate((512, 512, 300)):  # a scan's size, its tissues and its noise
+        hu = hu.take(np.arange(size) * hu.shape[axis] // size, axis)
+    hu = (hu + np.random.default_rng(0).normal(0, 15, hu.shape)).astype(np.int16)
+    grid = sitk.Image(239, 239, 100, sitk.sitkInt16)
     grid.SetSpacing((1.5, 1.5, 3.0))
-    resample = partial(sitk.Resample, image, grid, sitk.Transform(), sitk.sitkLinear, -1024)
-    seconds, peer = medians(7, partial(data.preprocess, hu, spacing), resample)
-    print("| scan | preprocess, s | SimpleITK, s | ratio |\n|---|---|---|---|\n"
-          f"| 512 x 512 x 300 | {seconds:.3f} | {peer:.3f} | {peer / seconds:.2f} |")
+    resample = partial(
+        sitk.Resample, referenceImage=grid, transform=sitk.Transform(),
+        interpolator=sitk.sitkLinear, defaultPixelValue=-1024)
+    with tempfile.TemporaryDirectory() as folder:
+        scan = f"{folder}/scan.nii.gz"
+        nibabel.save(nibabel.Nifti1Image(hu, np.diag([-0.7, -0.7, 1.0, 1])), scan)
+        volume, image = data.read_volume(scan), sitk.ReadImage(scan)
+        seconds = medians(
+            7, partial(data.read_volume, scan), partial(sitk.ReadImage, scan),
+            partial(data.preprocess, volume.hu, volume.spacing), partial(resample, image))
+        before, peak = in_new_process(f"preprocess_memory({scan!r})")
+    print("| 512 x 512 x 300, .nii.gz | here, s | SimpleITK, s | ratio |\n|---|---|---|---|")
+    read, peer_read, resampled, peer_resampled = seconds
+    for name, own, peer in (("read", read, peer_read), ("resample", resampled, peer_resampled),
+                            ("both", read + resampled, peer_read + peer_resampled)):
+        print(f"| {name} | {own:.3f} | {peer:.3f} | {own / peer:.2f} |")
+    print(f"\nmemory beyond that of the start, at most: {(peak - before) / 2**20:.0f} MiB")
+
+
+def preprocess_memory(scan):
+    """Bytes of this process's memory before a file is read and resampled, and at most."""
+    before, volume = memory("VmRSS"), data.read_volume(scan)
+    data.preprocess(volume.hu, volume.spacing)
+    return before, memory("VmHWM")
+
+
+# ---------------------------------------------------------------- train
+SIZES = {  # name: (what differs from preset base, pairs in a batch)
+    "base": ({}, 2),
+    "small": (dict(crop=(112, 112, 56), vit_width=384, vit_depth=6, vit_heads=6, text_width=384,
+                   text_depth=6, text_heads=6, text_mlp=1536, dim=384), 8),
+}
+
+
+def bench_train(arguments):
+    """Forward and backward of a step beside the same sizes and losses in transformers' modules."""
+    name = torch.cuda.get_device_name() if CUDA else "CPU"
+    print(f"A step without the optimiser; {name}\n\n| size, batch | type | here, s | peer, s | "
+          "ratio | here, GiB | peer, GiB | checkpointed, s | GiB |\n" + "|---" * 9 + "|")
+    for size, (_, batch) in SIZES.items():
+        for dtype in ("float32", "bfloat16"):
+            figures = []
+            for way in ("here", "peer", "checkpointed"):
+                figures.append(in_new_process(f"step_figures({size!r}, {dtype!r}, {way!r})"))
+            (own, held), (peer, peer_held), (again, kept) = figures
+            print(f"| {size}, {batch} | {dtype} | {own:.2f} | {peer:.2f} | {own / peer:.2f} | "
+                  f"{held / 2**30:.2f} | {peer_held / 2**30:.2f} | {again:.2f} | "
+                  f"{kept / 2**30:.2f} |", flush=True)
+
+
+def step_figures(size, dtype, way):
+    """Median seconds of a step, and the bytes of memory that the process took at most."""
+    if not CUDA:
+        train.keep_freed_memory()
+    changes, batch = SIZES[size]
+    config = Config(**changes, text_dropout=0.0)
+    torch.manual_seed(0)
+    model = (Peer if way == "peer" else BrgSA)(config).to(DEVICE)
+    if way == "checkpointed":
+        train.checkpoint_blocks(model)
+    volumes = torch.randint(-1000, 1000, (batch, 1, *config.crop), dtype=torch.int16)
+    texts = ["a " * config.text_length] * batch
+
+    def step():
+        model.zero_grad()
+        with torch.autocast(DEVICE, getattr(torch, dtype), dtype != "float32"):
+            embeddings = [x.float() for x in model(volumes.to(DEVICE), texts)]
+        loss, _ = cmki.alignment_loss(*embeddings)
+        loss.backward()
+    seconds = [timed(step) for _ in range(4)]
+    peak = torch.cuda.max_memory_allocated() if CUDA else memory("VmHWM")
+    return statistics.median(seconds[1:]), peak
+
+
+class Peer(torch.nn.Module):
+    """BrgSA of the parts that are at hand: Conv3d, transformers' ViT layers and BERT."""
+
+    def __init__(self, c):
+        import transformers
+        from transformers.models.vit.modeling_vit import ViTLayer
+        super().__init__()
+        self.own = BrgSA(replace(c, vit_depth=1, text_depth=1))  # projections, tokens, positions
+        sizes = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+        vit = transformers.ViTConfig(
+            hidden_size=c.vit_width, num_attention_heads=c.vit_heads,
+            intermediate_size=4 * c.vit_width, **sizes)
+        vit._attn_implementation = "sdpa"
+        self.patches = torch.nn.Conv3d(1, c.vit_width, c.patch, c.patch)
+        self.layers = torch.nn.Sequential(*(ViTLayer(vit) for _ in range(c.vit_depth)))
+        self.bert = transformers.BertModel(transformers.BertConfig(
+            vocab_size=c.vocabulary, hidden_size=c.text_width, num_hidden_layers=c.text_depth,
+            num_attention_heads=c.text_heads, intermediate_size=c.text_mlp, **sizes),
+            add_pooling_layer=False)
+
+    def forward(self, volumes, texts):
+        own = self.own
+        x = self.patches(own.normalise(volumes)).flatten(2).mT
+        x = torch.cat([own.vision.cls_token.expand(len(x), -1, -1), x], 1) + own.vision.pos_embed
+        v = own.vision_projection(own.vision.norm(self.layers(x))[:, 0])
+        tokens = [encoding.ids for encoding in own.text.tokenizer.encode_batch(texts)]
+        states = self.bert(torch.tensor(tokens, device=v.device), output_hidden_states=True)
+        t = own.text_projection(sum(states.hidden_states[-4:]).mean(1))
+        bank = own.bank.weight
+        return v, t, cmki.reference_attention(v, bank), cmki.reference_attention(t, bank)
 
 
 # ---------------------------------------------------------------- evaluate

@@ -34,7 +34,6 @@ import re
 import shutil
 import sys
 import zipfile
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from functools import partial
@@ -42,6 +41,7 @@ from pathlib import Path
 
 import nibabel
 import numpy
+from isal import isal_zlib
 from tqdm import tqdm
 
 CT_RATE = [
@@ -181,14 +181,14 @@ def _unpack(content, size):
     """
     if content[:2] != GZIP:
         return content
-    out, at, member = bytearray(), 0, zlib.decompressobj(31)
+    out, at, member = bytearray(), 0, isal_zlib.decompressobj(31)  # twice as fast as zlib
     while len(out) < size:
         packed = content[at:at + PIECE]
         piece = member.decompress(packed, size - len(out))  # frees the GIL: threads run on
         at += len(packed) - len(member.unconsumed_tail) - len(member.unused_data)
         out += piece
         if member.eof and content[at:at + 2] == GZIP:
-            member = zlib.decompressobj(31)
+            member = isal_zlib.decompressobj(31)
         elif member.eof or not packed and not piece:
             break
     return out

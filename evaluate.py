@@ -11,6 +11,7 @@ import argparse
 import hashlib
 import json
 import math
+import os
 import re
 import sys
 from dataclasses import dataclass, fields
@@ -98,6 +99,7 @@ if __name__ == "__main__" and {"-h", "--help"} & {*sys.argv}:
     parse()
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
@@ -111,6 +113,7 @@ from model import (
     BrgSA,
     bank_usage,
     clean,
+    half_type,
     joint_vectors,
     nearest_prompts,
     pick_device,
@@ -121,14 +124,30 @@ from model import (
 
 @torch.inference_mode()
 def embed_volumes(model, rows, cache, device="cpu"):
-    """Embeddings v (N, d), float32 on the CPU, of the rows' whole cached volumes."""
+    """Embeddings v (N, d), float32 on the CPU, of the rows' whole cached volumes.
+
+    A GPU computes them in 16 bits. The processes of a training, which call this together, each do
+    their share of the rows.
+    """
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    on_gpu = torch.device(device).type == "cuda"
+    half = half_type(device) if on_gpu else None
     batch = max(1, 2**24 // math.prod(model.config.shape))
-    loader = torch.utils.data.DataLoader(data.Volumes(rows, cache), batch)
+    own = data.Volumes(rows[rank::world], cache)
+    loader = torch.utils.data.DataLoader(
+        own, batch, num_workers=on_gpu * min(8, os.cpu_count()), pin_memory=on_gpu)
     model = model.to(device).eval()
-    v = []
+    v = [torch.empty(0, model.config.dim, device=device)]
     for volumes in tqdm(loader, "embed", unit="volume", unit_scale=batch, leave=False):
-        v.append(model.encode_image(volumes.to(device)).float().cpu())
-    return torch.cat(v)
+        with torch.autocast("cuda", half, on_gpu):
+            v.append(model.encode_image(volumes.to(device, non_blocking=True)).float())
+    v = torch.cat(v)
+    if world > 1:
+        every = torch.zeros(len(rows), v.shape[1], device=device)
+        every[rank::world] = v
+        dist.all_reduce(every)
+        v = every
+    return v.cpu()
 
 
 @torch.inference_mode()
@@ -624,6 +643,9 @@ class Study:
             )
         path = self.run / "embeddings.safetensors"
         known = read_tensors(path)
+        together = dist.is_initialized()
+        if together:
+            dist.barrier()  # before the first process writes
         keys = []
         for row in rows:
             file = self.cache.path(row)
@@ -633,7 +655,8 @@ class Study:
             new_keys, new_rows = zip(*todo[start:start + 256])
             device = self.model.bank.weight.device
             known |= zip(new_keys, embed_volumes(self.model, new_rows, self.cache, device))
-            data.write_atomically(path, save(known))
+            if not together or dist.get_rank() == 0:
+                data.write_atomically(path, save(known))
         return rows, torch.stack([known[key] for key in keys]), skipped
 
     def describe(self, rows, v, summaries=None):

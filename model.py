@@ -250,10 +250,8 @@ class ViT3D(nn.Module):
                 f"a volume of {tuple(shape)} voxels can't be cut into patches of {self.patch}; "
                 "each size must be a multiple"
             )
-        volumes = volumes.contiguous(memory_format=torch.channels_last_3d)
-        x = self.patch_embed["proj"](volumes)                                   # (B, C, gx, gy, gz)
-        grid = x.shape[2:]
-        x = x.flatten(2).mT                                                      # (B, N, C)
+        grid = [size // step for size, step in zip(shape, self.patch)]
+        x = self.embed_patches(volumes, grid)                                    # (B, N, C)
         x = torch.cat([self.cls_token.expand(B, -1, -1), x], 1)                  # (B, 1 + N, C)
         x = x + self.position_embedding(grid)
         for block in self.blocks:
@@ -261,9 +259,16 @@ class ViT3D(nn.Module):
         x = self.norm(x)
         return x[:, 0], x[:, 1:].unflatten(1, grid)
 
+    def embed_patches(self, volumes, grid):
+        """The convolution as one matrix product: (B, channels, X, Y, Z) -> (B, N, C)."""
+        projection, (gx, gy, gz), (px, py, pz) = self.patch_embed["proj"], grid, self.patch
+        x = volumes.reshape(*volumes.shape[:2], gx, px, gy, py, gz, pz)
+        x = x.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(1, 3)           # (B, N, patch)
+        return F.linear(x, projection.weight.flatten(1), projection.bias)
+
     def position_embedding(self, grid):
         """(1, 1 + N, C) for a grid (gx, gy, gz)."""
-        if grid == self.base_grid:
+        if tuple(grid) == self.base_grid:
             return self.pos_embed
         cls, patches = self.pos_embed.tensor_split([1], 1)
         patches = patches.mT.unflatten(2, self.base_grid)                       # (1, C, gx, gy, gz)
@@ -627,7 +632,7 @@ class BrgSA(nn.Module):
 
     def normalise(self, volumes):
         """HU (B, 1, X, Y, Z) -> the vision encoder's input, float (B, channels, X, Y, Z)."""
-        volumes = volumes.float()
+        volumes = volumes.to(self.scale.dtype)
         if self.config.windows:
             low, high = torch.tensor(self.config.windows, device=volumes.device).mT
             gain = 2 / (high - low)
@@ -666,21 +671,20 @@ class BrgSA(nn.Module):
 
     def save_pretrained(self, directory):
         """Write config.json, tokenizer.json and model.safetensors, the weights last."""
-        directory, state = Path(directory), self.state_dict()
-        weights = {name: tensor.cpu().contiguous() for name, tensor in state.items()}
-        config = json.dumps(asdict(self.config), indent=1)
+        self.save_settings(directory)
+        weights = {name: tensor.cpu().contiguous() for name, tensor in self.state_dict().items()}
+        write_atomically(Path(directory) / "model.safetensors", save(weights))
+
+    def save_settings(self, directory):
+        """Write config.json and tokenizer.json."""
+        directory, config = Path(directory), json.dumps(asdict(self.config), indent=1)
         write_atomically(directory / "config.json", config.encode())
         write_atomically(directory / "tokenizer.json", self.text.tokenizer.to_str().encode())
-        write_atomically(directory / "model.safetensors", save(weights))
 
     @classmethod
     def from_pretrained(cls, directory):
         """Load what save_pretrained wrote, to evaluate; ValueError names the file that is wrong."""
-        path = Path(directory) / "config.json"
-        settings = _read_json(path)
-        if settings.get("version", 1) == 1:  # where these were no settings yet
-            settings |= VERSION_1 | {"text_mlp": 4 * settings.get("text_width", 768), "version": 2}
-        config = _config(settings, path)
+        config = read_config(Path(directory) / "config.json")
         depth = max(config.text_depth, config.vit_depth * (config.vision == "vit"))
         weights = _read_weights(directory, depth)
         model = _loaded(cls, config, read_tokenizer(directory), weights, directory)
@@ -746,6 +750,14 @@ def pick_device(name=None, rank=None):
     return name
 
 
+def half_type(device):
+    """The type of 16 bits that a device computes in: bfloat16, else float16 on a GPU, else None."""
+    if torch.device(device).type == "cpu":
+        return torch.bfloat16 if torch.cpu.get_capabilities().get("amx_bf16") else None
+    has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if has_bf16 else torch.float16
+
+
 # ---- 6. Files ------------------------------------------------------------------------------------
 
 def write_atomically(path, content):
@@ -793,6 +805,14 @@ def _read_json(path):
     if not isinstance(content, dict):
         raise ValueError(f"{path}: holds a {type(content).__name__}, not an object of settings")
     return content
+
+
+def read_config(path):
+    """The Config in a config.json that save_pretrained wrote; ValueError where it isn't one."""
+    settings = _read_json(path)
+    if settings.get("version", 1) == 1:  # where these were no settings yet
+        settings |= VERSION_1 | {"text_mlp": 4 * settings.get("text_width", 768), "version": 2}
+    return _config(settings, path)
 
 
 def _config(settings, path):

@@ -23,7 +23,6 @@ import random
 import signal
 import sys
 import tomllib
-import zlib
 from concurrent.futures import ProcessPoolExecutor
 from copy import copy
 from functools import cache, reduce
@@ -33,6 +32,7 @@ from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
+from isal import isal_zlib
 from numpy import arange, array, clip, concatenate, cos, hypot, linspace, maximum, minimum, sin
 from numpy.linalg import norm
 from numpy.random import default_rng
@@ -55,7 +55,7 @@ from phantom_reports import (
     report,
 )
 
-VERSION = 4  # raise it whenever the bytes written for a seed change
+VERSION = 5  # raise it whenever the bytes written for a seed change
 DATA = tomllib.loads((Path(__file__).parent / "resources/phantom_scans.toml").read_text("utf-8"))
 
 
@@ -954,16 +954,12 @@ def write_atomically(path, content):
 
 
 def nifti(voxels, affine):
-    """The bytes of a .nii.gz: the same for the same input (no time, no file name).
-
-    Of repetitions only runs are looked for, twice as fast: noise has no others.
-    """
+    """The bytes of a .nii.gz: the same for the same input (no time, no file name)."""
     image = nib.Nifti1Image(voxels, affine, dtype=voxels.dtype)
     image.set_qform(affine, 1)
     image.set_sform(affine, 1)
     image.header.set_xyzt_units("mm")
-    packer = zlib.compressobj(1, zlib.DEFLATED, 31, strategy=zlib.Z_RLE)
-    return packer.compress(image.to_bytes()) + packer.flush()
+    return isal_zlib.compress(image.to_bytes(), 1, 31)  # three times as fast as zlib
 
 
 def write_scan(job):

@@ -17,11 +17,13 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
+from functools import cache, partial
 from pathlib import Path
 
 import numpy
@@ -43,12 +45,21 @@ class Settings:
     preset: str = option("", "phantom or base; default: phantom without a manifest, else base")
     out: str = option("", "the run's folder; default: runs/PRESET")
     resume: bool = option(False, "go on with the run in --out, by its own settings, or begin it")
-    vision: str = option("", "vit, resnet18 or resnet34; default: the preset's")
+    init: str = option("", "a run or converted weights (a folder) to start from, whole")
+    vision: str = option("", "vit, resnet8, resnet18 or resnet34; default: the preset's")
+    vision_encoder: str = option("", "a .safetensors to start the vision encoder from, by name")
     text_checkpoint: str = option("", "a Hugging Face BERT to start the text encoder from")
+    freeze: str = option(
+        "", "keep an encoder as it begins, but not its projection",
+        choices=("vision", "text", "both"))
     cache: str = option("", "folder of prepared volumes; default: cache beside the manifest")
     epochs: int = option(39, "passes over the distinct reports", 1)
     batch: int = option(64, "pairs in a batch, over all GPUs; each is the others' negative", 2)
-    accumulate: int = option(1, "batches in an optimiser step", 1)
+    chunk: int = option(
+        0, "pairs in memory at a time, each with the whole batch as negatives; 0: all", 0)
+    checkpoint_activations: bool = option(
+        False, "keep only what encoder blocks are given, and compute the rest again")
+    compile: bool = option(False, "compile the vision encoder (torch.compile)")
     optimizer: str = option(
         "adam", "muon: AdamW, but Muon for the vision encoder's inner matrices",
         choices=("adam", "adamw", "muon"))
@@ -84,6 +95,7 @@ class Settings:
         "auto", "of the encoders; auto: bfloat16 where the processor has it, float16 on other GPUs",
         choices=("auto", "float32", "bfloat16", "float16"))
     device: str = option("", "cpu, cuda or cuda:1; default: cuda where there is one")
+    dry_run: bool = option(False, "say what the training takes, then stop")
 
     __post_init__ = data.check_options
 
@@ -92,7 +104,7 @@ SCHEDULES = {
     "base": {},
     # A text encoder that begins from nothing and learns draws rare sentences together: it stays.
     "phantom": dict(
-        epochs=40, batch=32, optimizer="muon", lr=6e-3, text_lr=0.0, beta1=0.9, weight_decay=0.02,
+        epochs=38, batch=32, optimizer="muon", lr=6e-3, text_lr=0.0, beta1=0.9, weight_decay=0.02,
         schedule="cosine", warmup=30, clip=1.0, drawing="all", holdout=0.1, validate_every=3,
     ),
 }
@@ -114,7 +126,7 @@ def parse(argv=None):
     own = {"preset": preset, "out": f"runs/{preset}", **typed}
     settings = Settings(**SCHEDULES[preset] | own)
     record = Path(settings.out) / "state" / "settings.json"
-    if not record.exists():
+    if not record.exists() or settings.dry_run:
         return settings
     if not settings.resume:
         raise ValueError(
@@ -122,6 +134,10 @@ def parse(argv=None):
             "--out names another folder"
         )
     return resumed(record, typed)
+
+
+# What may change when a run goes on, since it changes where and how a step is computed alone.
+FREE = ("out", "resume", "device", "workers", "chunk", "checkpoint_activations", "compile")
 
 
 def resumed(record, typed):
@@ -132,7 +148,7 @@ def resumed(record, typed):
         raise ValueError(f"{record}: damaged ({error}); the run can't be resumed") from None
     for name, value in typed.items():
         own = getattr(settings, name)
-        if name in ("out", "device", "workers", "resume"):
+        if name in FREE:
             setattr(settings, name, value)
         elif value != own:
             print(f"--{name} {value} is ignored: the run in {settings.out} goes on with {own!r}",
@@ -145,9 +161,15 @@ if __name__ == "__main__" and {"-h", "--help"} & {*sys.argv}:
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn
+import torch.nn.functional as F
 from matplotlib.figure import Figure
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import load_file, save
+from torch._subclasses import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import evaluate
@@ -161,7 +183,9 @@ from model import (
     BrgSA,
     Config,
     TextEncoder,
+    half_type,
     pick_device,
+    read_config,
     read_tokenizer,
     train_tokenizer,
     zero_shot_scores,
@@ -186,7 +210,9 @@ class Run:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     plateau: torch.optim.lr_scheduler.ReduceLROnPlateau
-    progress: dict          # step, lowest held-out loss, and what the plateau schedule has come to
+    progress: dict          # step, lowest held-out loss, losses since the last line of the log, ...
+    cost: dict              # see costs
+    rate: float             # FLOP/s of this device's matrix products
 
     @property
     def out(self):
@@ -198,38 +224,31 @@ def train(settings):
     run, log = set_up(settings), None
     first = run.progress["step"]
 
-    # the first process writes the run's folder
+    # the first process writes the run's folder, so that even the first epoch can be resumed
     if RANK == 0:
         for folder in (run.out, run.out / "state"):
             data.sweep(folder)
         record = json.dumps(asdict(settings), indent=1)
         data.write_atomically(run.out / "state" / "settings.json", record.encode())
-        tokenizer = run.model.text.tokenizer.to_str()  # so that even the first epoch can be resumed
-        data.write_atomically(run.out / "tokenizer.json", tokenizer.encode())
+        if not first:
+            run.model.save_settings(run.out)
         log = Log(run.out / "log.jsonl", first)
         if not first:
             save_first_prompts(run)
 
-    # batches from where the run stands; with several processes gradients are averaged over them
-    loader, per_epoch, steps = batches(run)
-    parallel = run.model
-    if WORLD > 1:
-        parallel = torch.nn.parallel.DistributedDataParallel(run.model)
-
-    signals, losses, saved_at = stop_at_signal(), {}, time.monotonic()
+    loader, per_epoch, steps = batches(run)  # from where the run stands
+    signals, saved_at = stop_at_signal(), time.monotonic()
     bar = tqdm(range(first, steps), "train", steps, initial=first, unit="step", disable=not log)
     for step in bar:
         # one optimiser step
         lr = learning_rate(settings, step, steps) * run.progress["lr_factor"]
-        training_step(run, parallel, loader, lr, losses)
-        done = step + 1
-        run.progress["step"] = done
+        training_step(run, loader, lr)
+        done = run.progress["step"] = step + 1
 
         # every ten steps: show and log the mean losses
         last = done == steps
         if last or done % 10 == 0:
-            report_step(run, log, bar, lr, losses)
-            losses.clear()
+            report_step(run, log, bar, lr)
 
         # every so many epochs: validate, adapt the learning rate, keep the best model
         validates = last or done % (per_epoch * settings.validate_every) == 0
@@ -237,65 +256,143 @@ def train(settings):
             end_epoch(run, log, lr, done / per_epoch)
 
         # then, every 15 minutes, at a signal: save what resumption needs
-        if log and (validates or signals or time.monotonic() - saved_at > 900):
+        stops = on_any_process(signals)
+        if log and (validates or stops or time.monotonic() - saved_at > 900):
             save_state(run)
             saved_at = time.monotonic()
-        if signals:
+        if stops:
+            wait_for_all()  # torchrun ends all where one has ended
             return False
     return True
 
 
-def training_step(run, parallel, loader, lr, losses):
-    """One optimiser step over `accumulate` batches; appends to losses, lists by name."""
-    settings, amp = run.settings, mixed_precision(run.settings)
+def training_step(run, loader, lr):
+    """One optimiser step; its losses join progress["losses"], lists by name.
+
+    Where a gradient isn't finite the scaler leaves the step out, which "skipped" counts.
+    """
+    settings, model, losses = run.settings, run.model, run.progress["losses"]
     for group in run.optimizer.param_groups:
         group["lr"] = lr * group["share"]
-    # what is dropped out depends on the step alone, so that a resumed run goes on exactly
-    torch.manual_seed((settings.seed * 2**24 + run.progress["step"]) * WORLD + RANK)
-    for _ in range(settings.accumulate):
-        volumes, texts = next(loader)
-        with torch.autocast(run.device.type, amp, amp is not None):
-            embeddings = parallel(volumes.to(run.device, non_blocking=True), texts)
-        weights = settings.alpha, settings.beta, settings.gamma, run.model.scale
-        loss, parts = alignment_loss(*gathered(embeddings), *weights)
-        run.scaler.scale(loss / settings.accumulate).backward()
-        for name, value in {"total": loss, **parts}.items():
-            losses.setdefault(name, []).append(value.detach())
+    loss, parts = backward(run, *next(loader))
     run.scaler.unscale_(run.optimizer)
-    torch.nn.utils.clip_grad_norm_(run.model.parameters(), settings.clip)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
     run.scaler.step(run.optimizer)
     run.scaler.update()
     run.optimizer.zero_grad()
+    for name, value in {"total": loss, **parts, "skipped": ~norm.isfinite()}.items():
+        losses.setdefault(name, []).append(value.detach())
+
+
+def backward(run, volumes, texts):
+    """Gradients of this process's pairs, averaged over all; returns the loss and its parts."""
+    size = run.settings.chunk or len(texts)
+    chunks = [(volumes[i:i + size], texts[i:i + size]) for i in range(0, len(texts), size)]
+    if len(chunks) == 1:
+        loss, parts = loss_of(run, embedded(run, 0, volumes, texts))
+        run.scaler.scale(loss).backward()
+    else:
+        loss, parts = backward_in_chunks(run, chunks)
+    average_gradients(run.model)
+    return loss, parts
+
+
+def embedded(run, number, volumes, texts):
+    """v, t, v_hat, t_hat of a step's chunk of this number, at least in float32."""
+    # what is dropped out depends on step and chunk alone, so that a resumed run goes on exactly
+    place = run.settings.seed, run.progress["step"], RANK, number
+    torch.manual_seed(int(numpy.random.SeedSequence(place).generate_state(1, "u8")[0] >> 1))
+    amp = mixed_precision(run.settings)
+    with torch.autocast(run.device.type, amp, amp is not None):
+        embeddings = run.model(volumes.to(run.device, non_blocking=True), texts)
+    return [x if x.dtype == torch.float64 else x.float() for x in embeddings]
+
+
+def loss_of(run, embeddings):
+    """The loss of the whole batch and its parts, from this process's embeddings."""
+    settings = run.settings
+    weights = settings.alpha, settings.beta, settings.gamma, run.model.scale
+    return alignment_loss(*gathered(embeddings), *weights)
 
 
 def gathered(embeddings):
-    """The embeddings of every GPU's part of the batch, with gradients: all are negatives."""
-    embeddings = [x.float() for x in embeddings]
+    """The embeddings of every process's part of the batch, with gradients: all are negatives."""
     if not dist.is_initialized():
         return embeddings
     return [torch.cat(dist.nn.functional.all_gather(x.contiguous())) for x in embeddings]
 
 
-def report_step(run, log, bar, lr, losses):
-    """Show and log the mean losses; a loss that isn't finite ends the run."""
-    means = {name: float(sum(values)) / len(values) for name, values in losses.items()}
-    step, best = run.progress["step"], run.progress["best"]
-    if not math.isfinite(means["total"]):
+def backward_in_chunks(run, chunks):
+    """The whole batch's loss and gradients with one chunk in memory (gradient caching, Gao et al.
+    2021): embed without a graph, take the loss's gradient by the embeddings, then embed each chunk
+    again and hand it on. Exact, but that a ResNet's batch norm sees a chunk at a time.
+    """
+    with torch.no_grad():
+        parts = [embedded(run, i, *chunk) for i, chunk in enumerate(chunks)]
+    embeddings = [torch.cat(part).requires_grad_() for part in zip(*parts)]
+    loss, values = loss_of(run, embeddings)
+    run.scaler.scale(loss).backward()
+    gradients = zip(*(x.grad.split(run.settings.chunk) for x in embeddings))
+    for i, (chunk, gradient) in enumerate(zip(chunks, gradients)):
+        pairs = [pair for pair in zip(embedded(run, i, *chunk), gradient) if pair[0].requires_grad]
+        torch.autograd.backward(*zip(*pairs))
+    return loss, values
+
+
+def average_gradients(model):
+    """Over all processes: all_gather's gradient is the sum over their losses."""
+    if dist.is_initialized():
+        gradients = [weight.grad for weight in model.parameters() if weight.grad is not None]
+        works = [dist.all_reduce(gradient, async_op=True) for gradient in gradients]
+        for gradient, work in zip(gradients, works):
+            work.wait()
+            gradient /= WORLD
+
+
+def report_step(run, log, bar, lr):
+    """Show and log the mean losses since the last time; ten skipped steps in a row end the run."""
+    progress, shown = run.progress, []
+    columns = {}
+    for name, values in progress["losses"].items():
+        values = torch.stack([torch.as_tensor(x, device=run.device) for x in values])
+        columns[name] = numpy.array(values.tolist(), float)
+    progress["losses"] = {}
+    skipped = columns.pop("skipped") == 1
+    in_a_row = progress["skipped_in_a_row"] + len(skipped)
+    progress["skipped_in_a_row"] = in_a_row if skipped.all() else 0
+    if progress["skipped_in_a_row"] >= 10:
         raise ValueError(
-            f"{run.out}: the loss is {means['total']} at step {step}; a smaller --lr may help, "
-            "--resume goes on from the last save"
+            f"{run.out}: ten steps in a row had no finite gradient, the last with the volumes "
+            f"{', '.join(last_volumes(run))}; --resume goes on from the last save"
         )
-    shown = f"loss={means['total']:.3f}"
-    if best is not None:
-        shown += f", best={best:.3f}"
-    bar.set_postfix_str(shown, refresh=False)
+    steps_per_s = bar.format_dict["rate"] or 0.0
+    means = {name: values[~skipped].mean() for name, values in columns.items() if not skipped.all()}
+    means["skipped"] = int(skipped.sum())
+    means["volumes_per_s"] = steps_per_s * run.batch
+    means["utilisation"] = steps_per_s * run.cost["flops"] * run.batch / WORLD / run.rate
+    for name, form in (("total", "loss {:.3f}"), ("skipped", "{} skipped"),
+                       ("volumes_per_s", "{:.1f} volumes/s"), ("utilisation", "{:.0%} utilised")):
+        if means.get(name):
+            shown.append(form.format(means[name]))
+    if progress["best"] is not None:
+        shown.insert(1, f"best {progress['best']:.3f}")
+    if run.device.type == "cuda":
+        shown.append(f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
+    bar.set_postfix_str(", ".join(shown), refresh=False)
     if log:
-        log.write(step=step, lr=lr, **means)
+        log.write(step=progress["step"], lr=lr, **means)
+
+
+def last_volumes(run):
+    """A volume's name of each pair in this process's last batch."""
+    first = run.progress["step"] - 1
+    keys = next(iter(batch_keys(run, first)))
+    return [run.pairs.items[item][0][0].name for _, item in keys]
 
 
 def end_epoch(run, log, lr, epoch):
     """Validate; let the plateau schedule learn of it; keep the model of the lowest loss."""
-    progress, valid = run.progress, validate(run)  # on every rank, so that all agree on the rate
+    progress, valid = run.progress, from_first(validate(run))  # all agree on the rate
     if run.settings.schedule == "plateau" and valid:
         run.plateau.step(valid["loss"])
         progress["lr_factor"] *= run.optimizer.param_groups[0]["lr"] / lr
@@ -354,35 +451,135 @@ def mixed_precision(settings):
     """The type for autocast, or None, to compute in float32."""
     if settings.precision != "auto":
         return PRECISIONS[settings.precision]
-    if settings.device == "cpu":
-        return torch.bfloat16 if torch.cpu.get_capabilities().get("amx_bf16") else None
-    has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if has_bf16 else torch.float16
+    return half_type(settings.device)
 
 
 def stop_at_signal():
     """A list that fills at the first Ctrl-C or SIGTERM: the loop then stops between two steps.
 
-    The second Ctrl-C stops at once.
+    The second Ctrl-C stops at once; SIGTERM comes twice where torchrun and a scheduler send it.
     """
     signals = []
 
     def remember(number, frame):
         signals.append(number)
-        signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     with contextlib.suppress(ValueError):  # not in the main thread
         signal.signal(signal.SIGINT, remember)
         signal.signal(signal.SIGTERM, remember)
     return signals
 
 
-# ---- 3. Set up: model and data -------------------------------------------------------------------
+# ---- 3. What it takes ----------------------------------------------------------------------------
+
+def costs(config, settings):
+    """What a training costs, counted on tensors without values.
+
+    "parameters"; of a pair: "activations" and "checkpointed", bytes that are kept for the backward
+    pass without and with --checkpoint-activations, and "flops", there and back.
+    """
+    with torch.device("meta"):
+        model = BrgSA(config)
+    model.to_empty(device="cpu")
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        two, three = (pass_costs(model, n, mixed_precision(settings)) for n in (2, 3))
+    own = {name: three[name] - two[name] for name in two}  # both have that of the weights
+    return own | {"parameters": sum(weight.numel() for weight in model.parameters())}
+
+
+def pass_costs(model, n, amp):
+    """costs of n pairs, those of copies of the weights included."""
+    blocks, inside, outside, given = [*model.vision.blocks, *model.text.blocks], {}, {}, {}
+    places = [outside]
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        places[-1][storage._cdata] = storage
+        return tensor
+
+    def enter(block, inputs):
+        places.append(given)
+        keep(inputs[0])
+        places[-1] = inside
+
+    hooks = []
+    for block in blocks:
+        hooks.append(block.register_forward_pre_hook(enter))
+        hooks.append(block.register_forward_hook(lambda *_: places.pop() and None))
+    volumes = torch.empty(n, 1, *model.config.crop, dtype=torch.int16)
+    texts = ["a " * model.config.text_length] * n
+    with FlopCounterMode(display=False) as counter, saved_tensors_hooks(keep, lambda x: x):
+        with torch.autocast("cpu", amp, amp is not None):
+            total = sum(x.sum() for x in model(volumes, texts))
+        weights = [weight for weight in model.parameters() if weight.requires_grad]
+        torch.autograd.grad(total, weights, allow_unused=True)
+    for hook in hooks:
+        hook.remove()
+
+    def size(storages):
+        return sum(storage.nbytes() for storage in storages.values())
+    least = size(outside | given) + size(inside) // len(blocks)  # one block at a time
+    return {"activations": size(inside | outside | given), "checkpointed": least,
+            "flops": counter.get_total_flops()}
+
+
+def matrix_rate(device, amp):
+    """FLOP/s of matrix products on a device, of the type that is computed in."""
+    side = 8192 if device.type == "cuda" else 1024
+    matrix = torch.ones(side, side, dtype=amp, device=device)
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        (matrix @ matrix)[0, 0].item()
+        seconds.append(time.perf_counter() - start)
+    return 2 * side**3 / min(seconds)
+
+
+def gibibytes(settings, cost, chunk, checkpointed):
+    """Memory of a step: weights, gradients, Adam's two moments, activations; GiB a process."""
+    pairs = min(chunk or settings.batch, settings.batch // WORLD)
+    own = cost["checkpointed" if checkpointed else "activations"]
+    return (16 * cost["parameters"] + pairs * own) / 2**30
+
+
+def plan(settings, config, cost, rate):
+    """One line on what a training takes."""
+    rows, held_out = training_rows(data.read_manifest(settings.manifest), settings.holdout)
+    pairs = len({row.report for row in rows})
+    steps = pairs // settings.batch * settings.epochs
+    flops = cost["flops"] * settings.batch
+    disk = len(rows + held_out) * 2 * math.prod(config.shape) / 2**30
+    memory = gibibytes(settings, cost, settings.chunk, settings.checkpoint_activations)
+    weights = 16 * cost["parameters"] / 2**30
+    hours = steps * flops / rate / WORLD / 3600
+    return (
+        f"{cost['parameters'] / 1e6:.1f} million parameters; {memory:.1f} GiB a process, of these "
+        f"{weights:.1f} weights, gradients and optimiser, the others activations; {pairs} pairs an "
+        f"epoch, {steps} steps of {flops / 1e12:.2f} TFLOP: {hours:.1f} hours at the "
+        f"{rate / 1e12:.2f} TFLOP/s of a matrix product here; cache {disk:.1f} GiB"
+    )
+
+
+def out_of_memory(settings):
+    """One line on what needs less."""
+    cost = costs(model_config(settings), settings)
+    ways = []
+    for chunk, checkpointed in ((0, True), (8, False), (8, True)):
+        options = f"--chunk {chunk} " * bool(chunk) + "--checkpoint-activations" * checkpointed
+        ways.append(f"{options.strip()} {gibibytes(settings, cost, chunk, checkpointed):.0f} GiB")
+    now = gibibytes(settings, cost, settings.chunk, settings.checkpoint_activations)
+    return f"the GPU's memory is full: a step takes about {now:.0f} GiB, with {', '.join(ways)}"
+
+
+# ---- 4. Set up: model and data -------------------------------------------------------------------
 
 def set_up(settings):
     """The Run: from its last state where it has one, else from the beginning."""
-    device = torch.device(settings.device)
+    device, config = torch.device(settings.device), model_config(settings)
+    cost, rate = costs(config, settings), matrix_rate(device, mixed_precision(settings))
+    if RANK == 0:
+        print(plan(settings, config, cost, rate), file=sys.stderr)
     torch.manual_seed(settings.seed)
-    config = model_config(settings)
     pairs, held_out, held_texts = training_data(settings, config)
     batch = min(settings.batch, len(pairs)) // WORLD * WORLD
     if batch < 2:
@@ -390,34 +587,80 @@ def set_up(settings):
             f"{settings.manifest}: {len(pairs)} distinct reports to train on; at least two are "
             "needed, and one for each GPU"
         )
-    resuming = state_file(settings).exists()
-    model = new_model(settings, config, pairs, device, resuming)
-    model.bank.weight.requires_grad_(not settings.bank_frozen)
-    if not settings.text_lr:
-        model.text.requires_grad_(False)
-        model.text_projection.requires_grad_(False)
+    state = newest_state(settings)
+    model = new_model(settings, config, pairs, device, resuming=state is not None)
+    prepare_model(model, settings, device)
     optimizer = make_optimizer(model, settings)
     plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=5)
-    scaler = torch.amp.GradScaler(device.type, enabled=mixed_precision(settings) == torch.float16)
-    manifest = data.sha256_of(settings.manifest)
-    progress = {
-        "step": 0, "best": None, "lr_factor": 1.0, "plateau": None, "manifest_sha256": manifest}
-    if resuming:
-        progress |= load_state(state_file(settings), model, optimizer, scaler)
+    # float16 needs its gradients scaled; else the scaler only leaves out what isn't finite
+    scaling = {} if mixed_precision(settings) == torch.float16 else UNSCALED
+    scaler = torch.amp.GradScaler(device.type, **scaling)
+    here = {
+        "manifest_sha256": data.sha256_of(settings.manifest), "processes": WORLD,
+        "device": device.type, "precision": str(mixed_precision(settings) or torch.float32)}
+    progress = {"step": 0, "best": None, "lr_factor": 1.0, "plateau": None, "losses": {},
+                "skipped_in_a_row": 0}
+    if state:
+        progress |= load_state(state, model, optimizer, scaler)
         if progress["plateau"]:
             plateau.load_state_dict(progress["plateau"])
-        if progress["manifest_sha256"] != manifest and RANK == 0:
-            print(f"{settings.manifest}: has changed since the run began; the run goes on with it "
-                  "as it is now, so not as it would have", file=sys.stderr)
+        say_what_changed(settings, progress, here)
     return Run(
         settings, device, pairs, batch, held_out, held_texts, model, optimizer, scaler, plateau,
-        progress,
+        progress | here, cost, rate,
     )
 
 
+UNSCALED = {"init_scale": 1.0, "growth_interval": 2**31 - 1}
+
+
+def say_what_changed(settings, progress, here):
+    """Say where a run goes on elsewhere, or with other data, than it was begun with."""
+    changed = []
+    for name in ("processes", "device", "precision"):
+        if progress[name] != here[name]:
+            changed.append(f"{name} {progress[name]}, now {here[name]}")
+    if progress["manifest_sha256"] != here["manifest_sha256"]:
+        changed.append(f"{settings.manifest}: has changed since the run began")
+    if changed and RANK == 0:
+        print(f"the run goes on, but not just as it would have: {'; '.join(changed)}",
+              file=sys.stderr)
+
+
+def prepare_model(model, settings, device):
+    """Freeze, wrap and compile parts of a model as settings say, and make all processes' alike."""
+    model.bank.weight.requires_grad_(not settings.bank_frozen)
+    parts = {"vision": [model.vision], "text": [model.text], "both": [model.vision, model.text]}
+    frozen = parts.get(settings.freeze, [])
+    if not settings.text_lr:
+        frozen = [*frozen, model.text, model.text_projection]
+    for part in frozen:
+        part.requires_grad_(False)
+    if settings.checkpoint_activations:
+        checkpoint_blocks(model)
+    if WORLD > 1:
+        if device.type == "cuda":  # it is for GPUs alone
+            model.vision = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model.vision)
+        for tensor in model.state_dict().values():
+            dist.broadcast(tensor, 0)
+    if settings.compile:
+        model.vision.compile()
+
+
+def checkpoint_blocks(model):
+    """Keep of each encoder block what it is given alone, and compute the rest again."""
+    for block in [*model.vision.blocks, *model.text.blocks]:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+
+
 def model_config(settings):
-    """The preset's Config with the run's own choices."""
+    """The run's own Config where it has begun, else that of its start, else the preset's."""
+    path = Path(settings.out) / "config.json"
+    if newest_state(settings):
+        return read_config(path)
     own = {"learn_scale": settings.learn_scale}
+    if settings.init:
+        return replace(read_config(Path(settings.init) / "config.json"), **own)
     if settings.vision:
         own["vision"] = settings.vision
     if settings.text_checkpoint:
@@ -434,6 +677,8 @@ def new_model(settings, config, pairs, device, resuming):
     """The model as it begins; on resumption its weights are still to be loaded."""
     if resuming:
         return BrgSA(config, read_tokenizer(settings.out)).to(device)
+    if settings.init:
+        return BrgSA.from_pretrained(settings.init).to(device).train()
     if settings.text_checkpoint:
         text = TextEncoder.from_huggingface(settings.text_checkpoint)
         model = BrgSA(config, text.tokenizer)
@@ -441,6 +686,8 @@ def new_model(settings, config, pairs, device, resuming):
     else:
         texts = [sentence for _, text in pairs.items for sentence in text]
         model = BrgSA(config, train_tokenizer(texts, config.vocabulary))
+    if settings.vision_encoder:
+        load_vision(model.vision, settings.vision_encoder)
     model.to(device)
     volumes, texts = collate([pairs[0, item] for item in range(min(len(pairs), 64))])
     if config.text_pooling == "sentences":
@@ -450,6 +697,48 @@ def new_model(settings, config, pairs, device, resuming):
     if settings.bank_init == "kmeans":
         model.bank.reset(first_entries(model, pairs, settings.batch, device))
     return model
+
+
+def load_vision(encoder, path):
+    """Start a vision encoder from a .safetensors' tensors of the same names and shapes.
+
+    A prefix that all have in common is passed by, positions are resized to the encoder's grid. What
+    was loaded, resized and left is said; ValueError where nothing fits.
+    """
+    try:
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a .safetensors, or damaged ({error})") from None
+    own, loaded, resized = encoder.state_dict(), {}, []
+    prefix = os.path.commonprefix(list(tensors)).rpartition(".")[0]
+    tensors = {name.removeprefix(f"{prefix}."): tensor for name, tensor in tensors.items()}
+    for name in own.keys() & tensors.keys():
+        tensor = tensors[name]
+        if name == "pos_embed" and tensor.shape != own[name].shape:
+            tensor = resized_positions(tensor, encoder.base_grid)
+            resized.append(name)
+        if tensor.shape == own[name].shape:
+            loaded[name] = tensor
+    if not loaded:
+        raise ValueError(f"{path}: none of its {len(tensors)} tensors has the name and shape of "
+                         f"one of the encoder's, as {next(iter(own))}")
+    encoder.load_state_dict(loaded, strict=False)
+    if RANK == 0:
+        left, begun = sorted(tensors.keys() - loaded.keys()), sorted(own.keys() - loaded.keys())
+        print(f"{path}: {len(loaded)} tensors loaded; resized: {', '.join(resized) or 'none'}; "
+              f"left: {', '.join(left) or 'none'}; without a start: {', '.join(begun) or 'none'}",
+              file=sys.stderr)
+
+
+def resized_positions(positions, grid):
+    """A position embedding (1, 1 + N, C) of a grid that is like `grid`, but finer or coarser."""
+    cls, patches = positions.float().tensor_split([1], 1)
+    factor = (patches.shape[1] / math.prod(grid)) ** (1 / 3)
+    source = [round(size * factor) for size in grid]
+    if math.prod(source) != patches.shape[1]:
+        return positions  # of a grid of another form
+    patches = F.interpolate(patches.mT.unflatten(2, source), grid, mode="trilinear")
+    return torch.cat([cls, patches.flatten(2).mT], 1)
 
 
 @torch.no_grad()
@@ -495,9 +784,32 @@ def volume_cache(settings, config):
 
 
 def wait_for_all():
-    """Let every rank come to this point."""
+    """Let every process come to this point, however long it takes."""
     if WORLD > 1:
-        dist.barrier()
+        dist.barrier(hosts())
+
+
+@cache
+def hosts():
+    """The processes' group by way of their CPUs, which may wait for days; one call for all."""
+    return dist.new_group(backend="gloo", timeout=timedelta(days=7))
+
+
+def on_any_process(flag):
+    """Whether a flag is set on any of the processes."""
+    if WORLD == 1:
+        return bool(flag)
+    flags = torch.tensor(float(bool(flag)))
+    dist.all_reduce(flags, dist.ReduceOp.MAX, hosts())
+    return bool(flags)
+
+
+def from_first(value):
+    """The first process's value."""
+    values = [value]
+    if WORLD > 1:
+        dist.broadcast_object_list(values, 0, hosts())
+    return values[0]
 
 
 def training_rows(rows, holdout):
@@ -519,19 +831,40 @@ def training_rows(rows, holdout):
 
 def batches(run):
     """(an iterator of batches from the run's step on, steps in an epoch, steps in all)."""
-    settings = run.settings
-    first = run.progress["step"] * settings.accumulate
-    keys = BatchKeys(
-        len(run.pairs), run.batch, settings.epochs, settings.seed, first, RANK, WORLD
-    )
-    on_gpu, workers = run.device.type == "cuda", settings.workers
-    if workers == -1:
-        workers = min(8, os.cpu_count()) if on_gpu else 0
+    keys, on_gpu = batch_keys(run, run.progress["step"]), run.device.type == "cuda"
     loader = torch.utils.data.DataLoader(
-        run.pairs, batch_sampler=keys, num_workers=workers, collate_fn=collate, pin_memory=on_gpu
+        run.pairs, batch_sampler=keys, num_workers=loader_workers(run), collate_fn=collate,
+        pin_memory=on_gpu, worker_init_fn=leave_signals_to_parent,
     )
-    per_epoch = max(1, keys.per_epoch // settings.accumulate)
-    return iter(loader), per_epoch, keys.per_epoch * settings.epochs // settings.accumulate
+    return iter(loader), keys.per_epoch, keys.per_epoch * run.settings.epochs
+
+
+def batch_keys(run, first):
+    """This process's batches from number `first` on."""
+    settings = run.settings
+    return BatchKeys(len(run.pairs), run.batch, settings.epochs, settings.seed, first, RANK, WORLD)
+
+
+def loader_workers(run):
+    """How many processes load volumes: as many as are asked for and as shared memory holds."""
+    wanted, shared = run.settings.workers, Path("/dev/shm")
+    if wanted == -1:
+        wanted = min(8, os.cpu_count()) if run.device.type == "cuda" else 0
+    each = 2 * 2 * math.prod(run.model.config.crop) * run.batch // WORLD  # two batches of int16
+    free = shutil.disk_usage(shared).free if shared.exists() else math.inf
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    workers = min(wanted, int(free // (each * here)) if free < math.inf else wanted)
+    if workers < wanted and RANK == 0:
+        print(f"{shared}: {free / 2**30:.1f} GiB are free and {wanted} loader workers want "
+              f"{wanted * each * here / 2**30:.1f} (docker's --shm-size); {workers} are used",
+              file=sys.stderr)
+    return workers
+
+
+def leave_signals_to_parent(worker):
+    """Loader workers end with their parent, not by Ctrl-C or SIGTERM."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 @dataclass
@@ -571,7 +904,7 @@ def collate(pairs):
     return torch.stack(volumes), list(texts)
 
 
-# ---- 4. The optimiser ----------------------------------------------------------------------------
+# ---- 5. The optimiser ----------------------------------------------------------------------------
 
 def make_optimizer(model, settings):
     """The optimiser over named groups: texts learn at their own rate, only matrices decay."""
@@ -600,11 +933,13 @@ def make_optimizer(model, settings):
                 "share": settings.text_lr if name.startswith("text") else 1.0,
                 "weight_decay": 0.0 if name.endswith("vectors") else settings.weight_decay,
             })
-    betas = settings.beta1, settings.beta2
-    return kinds[settings.optimizer](groups, lr=settings.lr, betas=betas)
+    more = {"lr": settings.lr, "betas": (settings.beta1, settings.beta2)}
+    if settings.device.startswith("cuda") and settings.optimizer != "muon":
+        more["fused"] = True
+    return kinds[settings.optimizer](groups, **more)
 
 
-# ---- 5. Muon -------------------------------------------------------------------------------------
+# ---- 6. Muon -------------------------------------------------------------------------------------
 #
 # Muon (Jordan et al. 2024) steps along a matrix's momentum with all its singular values made equal,
 # so that rare directions learn as fast as common ones. A few matrix products do that, the
@@ -657,11 +992,15 @@ class Muon(torch.optim.AdamW):
         weight.grad = None  # AdamW passes it by
 
 
-# ---- 6. Saved state, log and curves --------------------------------------------------------------
+# ---- 7. Saved state, log and curves --------------------------------------------------------------
 
-def state_file(settings):
-    """Where a run's last state is kept."""
-    return Path(settings.out) / "state" / "last.safetensors"
+def newest_state(settings):
+    """The file of a run's last state, or None; the one before is there, too."""
+    files = [Path(settings.out) / "state" / name for name in STATES]
+    return next(filter(Path.exists, files), None)
+
+
+STATES = ("last.safetensors", "previous.safetensors")
 
 
 def save_state(run):
@@ -669,9 +1008,34 @@ def save_state(run):
     tensors = {f"model.{name}": tensor for name, tensor in run.model.state_dict().items()}
     for i, state in run.optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{i}.{name}": tensor for name, tensor in state.items()}
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-    progress = json.dumps(run.progress | {"scaler": run.scaler.state_dict()})
-    data.write_atomically(state_file(run.settings), save(tensors, {"progress": progress}))
+    losses = {name: list(map(float, values)) for name, values in run.progress["losses"].items()}
+    progress = run.progress | {"losses": losses, "scaler": run.scaler.state_dict()}
+    path, previous = (run.out / "state" / name for name in STATES)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    write_tensors(temporary, tensors, {"progress": json.dumps(progress)})
+    if path.exists():
+        os.replace(path, previous)
+    os.replace(temporary, path)
+
+
+def write_tensors(path, tensors, metadata):
+    """A .safetensors, written tensor by tensor, so that no second copy of all is in memory."""
+    header, end = {"__metadata__": metadata}, 0
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor.nbytes
+        header[name] = {"dtype": KINDS[tensor.dtype], "shape": list(tensor.shape),
+                        "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors.values():
+            file.write(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+KINDS = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.int64: "I64"}
 
 
 def first_prompts(settings):
@@ -697,7 +1061,8 @@ def load_state(path, model, optimizer, scaler):
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except SafetensorError as error:
         raise ValueError(
-            f"{path}: damaged ({error}); without it the run can't be resumed"
+            f"{path}: damaged ({error}); delete it, and the run goes on from the state before, "
+            "if there is one"
         ) from None
     weights, states = {}, {}
     for name, tensor in tensors.items():
@@ -755,7 +1120,7 @@ def plot_curves(log, path):
     os.replace(temporary, path)
 
 
-# ---- 7. The phantom, and what comes after the training -------------------------------------------
+# ---- 8. The phantom, and what comes after the training -------------------------------------------
 
 PHANTOM = dict(train=1600, valid=240, masks=True)
 PHANTOM_FOLDER = Path("runs/phantom-data")
@@ -786,13 +1151,15 @@ def save_reference(settings):
     prompts' embeddings before the training. Then the way to read prompts is chosen.
     """
     study = evaluate.Study(settings.out, settings.manifest, settings.cache, settings.device,
-                           scored_pairs(settings), {})
+                           scored_pairs(settings), {})  # on every process
     rows, held_out = training_rows(data.read_manifest(settings.manifest), settings.holdout)
     summaries = data.read_summaries(settings.summaries) if settings.summaries else {}
     summary_of = {}
     for row in rows + held_out:
         summary_of[row.name] = summaries.get(data.report_sha256(row.report))
     both, v, _ = study.embed(rows + held_out)  # which the linear probe reads again
+    if RANK > 0:
+        return
     tensors, texts = evaluate.read_reference(first_prompts(settings))
     texts["summaries"] = sorted({summary_of[row.name] for row in rows} - {None})
     tensors |= {"v": v, "v_hat": evaluate.bridge(study.model, v)}
@@ -848,7 +1215,7 @@ def finish(settings):
     print(f"\n{places}\none scan: python evaluate.py {out} --volume scan.nii.gz")
 
 
-# ---- 8. Command line -----------------------------------------------------------------------------
+# ---- 9. Command line -----------------------------------------------------------------------------
 
 def keep_freed_memory():
     """On Linux's CPU, let malloc keep what was freed: a step is then a seventh faster.
@@ -865,12 +1232,14 @@ def main(argv=None):
     """Train, then evaluate; the exit status, 130 where it was stopped."""
     settings = parse(argv)
     settings.device = pick_device(settings.device, os.environ.get("LOCAL_RANK"))
-    on_gpu = settings.device != "cpu"
-    if WORLD > 1 and not dist.is_initialized():
-        # The others wait while rank 0 prepares volumes, which may take long.
-        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(hours=24))
-    if not on_gpu:
+    if settings.device == "cpu":
         keep_freed_memory()
+    else:
+        torch.cuda.set_device(settings.device)
+        torch.set_float32_matmul_precision("high")  # TF32, for what isn't in half precision
+    if WORLD > 1 and not dist.is_initialized():
+        dist.init_process_group("gloo" if settings.device == "cpu" else "nccl")
+        hosts()
     if not settings.manifest:
         settings.manifest = str(PHANTOM_FOLDER / "manifest.csv")
         if RANK == 0:
@@ -880,11 +1249,22 @@ def main(argv=None):
     if settings.summaries == "none":
         settings.summaries = ""
     data.read_manifest(settings.manifest)  # what is wrong with it is said before any writing
-    if not train(settings):
+    if settings.dry_run:
+        config = model_config(settings)
+        rate = matrix_rate(torch.device(settings.device), mixed_precision(settings))
+        print(plan(settings, config, costs(config, settings), rate))
+        return 0
+    try:
+        done = train(settings)
+    except torch.OutOfMemoryError:
+        raise ValueError(out_of_memory(settings)) from None
+    if not done:
         print(f"stopped; python train.py --out {settings.out} --resume goes on", file=sys.stderr)
         return 130
+    save_reference(settings)
+    if WORLD > 1:
+        dist.destroy_process_group()
     if RANK == 0:
-        save_reference(settings)
         finish(settings)
     return 0
 

@@ -1,10 +1,10 @@
 """train.py: it learns what is there and nothing that isn't, resumes exactly, shares negatives
 between processes.
 """
+import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,7 +15,8 @@ import nibabel
 import numpy
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import data
 import evaluate
@@ -30,10 +31,10 @@ TINY = dict(
     text_dropout=0.0, dim=32, bank_size=16)
 SCHEDULE = dict(
     epochs=4, batch=8, optimizer="adamw", lr=1e-3, beta1=0.9, weight_decay=0.02,
-    schedule="cosine", warmup=4, clip=1.0, drawing="all", holdout=0.2)
+    schedule="cosine", warmup=4, clip=1.0, drawing="all", holdout=0.2, precision="float32")
 SCRIPT = f"""
 import sys
-sys.path.insert(0, {str(ROOT)!r})
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
 import train
 train.PRESETS["tiny"] = {TINY}
 train.SCHEDULES["tiny"] = {SCHEDULE}
@@ -210,7 +211,8 @@ def test_a_run_stopped_within_its_first_epoch_resumes_and_logs_the_mean_loss(tmp
         assert_close(load_file(tmp_path / "whole" / part), load_file(tmp_path / "run" / part))
     assert steps(tmp_path, "run") == steps(tmp_path, "whole")
     totals = [line["total"] for line in read_log(tmp_path) if "total" in line]
-    assert 0.5 < totals[0] / totals[1] < 2  # the first line is of one batch, not a tenth of it
+    whole = [line["total"] for line in read_log(tmp_path, "whole") if "total" in line]
+    assert totals == pytest.approx(whole, rel=1e-4)  # the first, too, is the mean of ten steps
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -227,32 +229,250 @@ def test_ctrl_c_leaves_a_resumable_run(tmp_path, number):
     settings = json.loads((tmp_path / "run" / "state" / "settings.json").read_text())
     model = BrgSA.from_pretrained(tmp_path / "run")
     optimizer = train.make_optimizer(model, train.Settings(**settings))
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    scaler = torch.amp.GradScaler("cpu", **train.UNSCALED)
     path = tmp_path / "run" / "state" / "last.safetensors"
     assert 0 < train.load_state(path, model, optimizer, scaler)["step"] < 500 * 3
 
 
-def test_two_processes_train_as_one_does_on_the_same_batches(tmp_path):
+def gradients(chunk=0, checkpointed=False, dropout=0.0):
+    """A step's loss and gradients for eight pairs, shared with other processes: {name: tensor}."""
+    torch.manual_seed(0)
+    model = BrgSA(Config(**TINY | {"vit_depth": 2, "text_dropout": dropout})).double()
+    if checkpointed:
+        train.checkpoint_blocks(model)
+    model.scale.requires_grad_()
+    random = torch.Generator().manual_seed(1)
+    volumes = torch.randint(-1000, 1000, (8, 1, 24, 24, 24), generator=random)
+    texts = [f"word {'and more ' * i}" for i in range(8)]
+    settings = train.Settings(chunk=chunk, precision="float32", device="cpu")
+    run = SimpleNamespace(
+        settings=settings, model=model, device=torch.device("cpu"), progress={"step": 0},
+        scaler=torch.amp.GradScaler("cpu", enabled=False))
+    part = slice(train.RANK, None, train.WORLD)
+    loss, _ = train.backward(run, volumes[part], texts[part])
+    return {"loss": loss.detach()} | {name: x.grad for name, x in model.named_parameters()}
+
+
+@pytest.mark.parametrize("chunk, checkpointed", [(3, False), (1, False), (0, True), (5, True)])
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_chunks_and_checkpoints_give_the_same_loss_and_gradients(chunk, checkpointed, dropout):
+    same = gradients(chunk, dropout=dropout)
+    if not dropout:
+        same = gradients()  # what is dropped out depends on the chunk
+    for name, gradient in gradients(chunk, checkpointed, dropout).items():
+        assert torch.allclose(gradient, same[name], rtol=0, atol=1e-12), name
+    if not dropout:
+        assert all(gradient.abs().max() > 0 for gradient in same.values())
+
+
+PART = f"""
+import sys
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+import torch
+import train
+import test_train
+torch.distributed.init_process_group("gloo")
+gradients = test_train.gradients(int(sys.argv[1]))
+if train.RANK == 0:
+    test_train.save_file(gradients, sys.argv[2])
+"""
+
+
+def torchrun(folder, script, *arguments):
+    (folder / "part.py").write_text(script)
+    return subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+         str(folder / "part.py"), *map(str, arguments)],
+        stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def test_two_processes_and_their_chunks_give_the_gradients_of_one(tmp_path):
+    running = torchrun(tmp_path, PART, 3, tmp_path / "two.safetensors")  # chunks of 3 and 1
+    _, said = running.communicate(timeout=240)
+    assert running.returncode == 0, said
+    two = load_file(tmp_path / "two.safetensors")
+    for name, gradient in gradients().items():
+        assert torch.allclose(gradient, two[name], rtol=0, atol=1e-12), name
+
+
+def test_two_processes_train_validate_stop_together_and_go_on(tmp_path):
     easy_manifest(tmp_path)
-    run(tmp_path, "--epochs", 1, "--batch", 48, out="one")  # one step
-    with socket.socket() as free:  # as torchrun would start them
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    ranks = []
-    for rank in ("0", "1"):
-        ranks.append(process(
-            tmp_path, "--epochs", 1, "--batch", 48, out="two", RANK=rank, LOCAL_RANK=rank,
-            WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port))
-    for rank in ranks:
-        _, said = rank.communicate(timeout=120)
-        assert rank.returncode == 0, said
-    one = load_file(tmp_path / "one" / "state" / "last.safetensors")
-    two = load_file(tmp_path / "two" / "state" / "last.safetensors")
-    moved = [name for name in one if name.startswith("optimizer.") and name.endswith("exp_avg")]
-    assert len(moved) > 20
-    for name in moved:
-        largest = float(one[name].abs().max())
-        assert torch.allclose(one[name], two[name], rtol=1e-2, atol=1e-2 * largest), name
+    arguments = command(tmp_path, ["--epochs", 400, "--vision", "resnet8"])
+    running = torchrun(tmp_path, SCRIPT, *arguments)
+    state = tmp_path / "run" / "state" / "last.safetensors"
+    while not state.exists():
+        assert running.poll() is None, running.stderr.read()
+        time.sleep(0.05)
+    first, second = sorted(children(running.pid))
+    os.kill(second, signal.SIGTERM)
+    time.sleep(0.3)
+    with contextlib.suppress(ProcessLookupError):  # it may have stopped with the other
+        os.kill(first, signal.SIGTERM)
+    _, said = running.communicate(timeout=120)
+    assert "--resume goes on" in said and "line" not in said.split("torch/distributed")[0], said
+    step = json.loads(read_metadata(state)["progress"])["step"]
+    settings = json.loads((tmp_path / "run" / "state" / "settings.json").read_text())
+    settings["epochs"] = step // 6 + 2
+    (tmp_path / "run" / "state" / "settings.json").write_text(json.dumps(settings))
+    resumed = torchrun(tmp_path, SCRIPT, *command(tmp_path, ["--resume"]))
+    _, said = resumed.communicate(timeout=240)
+    assert resumed.returncode == 0, said
+    assert "valid" in read_log(tmp_path)[-1]
+    assert (tmp_path / "run" / "evaluation" / "metrics.json").exists()
+
+
+def children(pid):
+    return map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
+
+
+def read_metadata(path):
+    with safe_open(path, "pt") as file:
+        return file.metadata()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
+def test_ten_kills_at_random_moments_change_no_bit(tmp_path, workers):
+    easy_manifest(tmp_path)
+    arguments = "--epochs", 60, "--workers", workers, "--resume"
+    assert process(tmp_path, *arguments, out="whole").wait() == 0
+    random, kills = numpy.random.default_rng(workers), 0
+    while True:
+        running = process(tmp_path, *arguments)
+        try:
+            running.communicate(timeout=random.uniform(4, 8) if kills < 10 else None)
+            break
+        except subprocess.TimeoutExpired:
+            running.kill()
+            running.communicate()
+            kills += 1
+    assert running.returncode == 0 and kills > 5
+    one, other = (load_file(tmp_path / out / "state/last.safetensors") for out in ("whole", "run"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_steps_without_a_finite_gradient_are_left_out_and_ten_in_a_row_end_the_run(
+        tmp_path, monkeypatch):
+    easy_manifest(tmp_path, 40)
+    loss_of, bad = train.loss_of, {4, *range(20, 40)}
+
+    def sometimes_nan(run, embeddings):
+        loss, parts = loss_of(run, embeddings)
+        return loss * (float("nan") if run.progress["step"] in bad else 1.0), parts
+
+    monkeypatch.setattr(train, "loss_of", sometimes_nan)
+    with pytest.raises(ValueError, match=r"ten steps in a row .* v\d+, v\d+.*; --resume"):
+        run(tmp_path, "--epochs", 20)
+    log = [line for line in read_log(tmp_path) if "total" in line]
+    assert [line["skipped"] for line in log] == [1, 0]
+    state = load_file(tmp_path / "run" / "state" / "last.safetensors")
+    assert all(tensor.isfinite().all() for tensor in state.values())
+    bad.clear()
+    assert run(tmp_path, "--resume") == 0
+
+
+def test_a_training_starts_from_a_run_and_keeps_what_is_frozen(tmp_path):
+    easy_manifest(tmp_path, 40)
+    run(tmp_path, "--epochs", 1, out="first")
+    first = load_file(tmp_path / "first" / "model.safetensors")
+    for part, names in {"vision": ["vision."], "both": ["vision.", "text."]}.items():
+        run(tmp_path, "--epochs", 1, "--init", tmp_path / "first", "--freeze", part, out=part)
+        for name, weight in load_file(tmp_path / part / "model.safetensors").items():
+            if name != "scale":
+                assert torch.equal(weight, first[name]) == name.startswith(tuple(names)), name
+
+
+def test_a_vision_encoder_is_loaded_by_name_its_positions_resized(tmp_path, capsys):
+    torch.manual_seed(0)
+    source = BrgSA(Config(**TINY | {"crop": (48, 48, 48), "shape": (48, 48, 48)})).vision
+    weights = {f"visual.{name}": tensor for name, tensor in source.state_dict().items()}
+    weights["visual.head.weight"] = torch.zeros(3)
+    weights["visual.norm.weight"] = torch.zeros(7)
+    save_file(weights, tmp_path / "vit.safetensors")
+    encoder = BrgSA(Config(**TINY)).vision
+    start = encoder.norm.weight.clone()
+    train.load_vision(encoder, tmp_path / "vit.safetensors")
+    said = capsys.readouterr().err
+    assert "resized: pos_embed; left: head.weight, norm.weight; " in said
+    assert "without a start: norm.weight" in said
+    own, loaded = source.state_dict(), encoder.state_dict()
+    assert torch.equal(loaded["blocks.0.mlp.fc1.weight"], own["blocks.0.mlp.fc1.weight"])
+    assert torch.equal(encoder.norm.weight, start)
+    assert torch.equal(loaded["pos_embed"][:, 0], own["pos_embed"][:, 0])
+    means = own["pos_embed"][:, 1:].unflatten(1, (2, 2, 2) * 2).mean((2, 4, 6)).flatten(1, 3)
+    assert loaded["pos_embed"].shape == (1, 9, 48) and means.shape == (1, 8, 48)
+    assert torch.allclose(loaded["pos_embed"][:, 1:], means, atol=1e-5)
+    (tmp_path / "bad.safetensors").write_bytes(b"nonsense")
+    with pytest.raises(ValueError, match="bad.safetensors: not a .safetensors"):
+        train.load_vision(encoder, tmp_path / "bad.safetensors")
+    save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match="none of its 1 tensors"):
+        train.load_vision(encoder, tmp_path / "other.safetensors")
+
+
+def test_what_a_step_costs_is_what_a_step_keeps(tmp_path, capsys):
+    config = Config(**TINY | {"vit_depth": 6, "text_depth": 6, "vit_width": 96})
+    settings = train.Settings(precision="float32", device="cpu")
+    cost, model, kept = train.costs(config, settings), BrgSA(config), {}
+    volumes, texts = torch.zeros(2, 1, 24, 24, 24), ["a " * 97, "a " * 97]
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage
+        return tensor
+
+    sizes = []
+    for n in (1, 2):
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            out = model(volumes[:n], texts[:n])
+        sizes.append(sum(storage.nbytes() for storage in kept.values()))
+        kept.clear()
+        del out
+    assert cost["activations"] == pytest.approx(sizes[1] - sizes[0], rel=0.02)
+    assert cost["parameters"] == sum(weight.numel() for weight in model.parameters())
+    assert cost["flops"] == pytest.approx(6 * cost["parameters"], rel=20)
+    assert cost["checkpointed"] < cost["activations"] / 3
+    easy_manifest(tmp_path)
+    assert run(tmp_path, "--dry-run") == 0
+    said = capsys.readouterr().out
+    assert "million parameters" in said and "48 pairs an epoch, 24 steps" in said
+    assert not (tmp_path / "run").exists()
+    line = train.out_of_memory(train.Settings(
+        **SCHEDULE | {"preset": "tiny", "manifest": str(tmp_path / "manifest.csv")},
+        out=str(tmp_path / "none"), device="cpu"))
+    assert "--chunk 8 --checkpoint-activations" in line and "--checkpoint-activations 0 GiB" in line
+
+
+def test_loader_workers_are_as_many_as_shared_memory_holds(monkeypatch, capsys):
+    run = SimpleNamespace(
+        settings=train.Settings(workers=8), device=torch.device("cpu"), batch=64,
+        model=SimpleNamespace(config=Config()))
+    usage = SimpleNamespace(free=2**32)
+    monkeypatch.setattr(train.shutil, "disk_usage", lambda path: usage)
+    assert train.loader_workers(run) == 2  # base's two batches of 64 are 1.4 GB
+    assert "4.0 GiB are free and 8 loader workers want 10.7" in capsys.readouterr().err
+    usage.free = 2**36
+    assert train.loader_workers(run) == 8
+
+
+def test_the_state_is_a_safetensors_file_and_the_one_before_stays(tmp_path):
+    tensors = {"b": torch.randn(3, 5).bfloat16(), "a": torch.tensor(7), "none": torch.zeros(0, 2),
+               "last": torch.randn(2, 3, 4, 5, 6).to(memory_format=torch.channels_last_3d)}
+    train.write_tensors(tmp_path / "own", tensors, {"progress": "é"})
+    own = load_file(tmp_path / "own")
+    assert read_metadata(tmp_path / "own") == {"progress": "é"} and own.keys() == tensors.keys()
+    assert all(torch.equal(own[name], tensors[name]) for name in tensors)
+    easy_manifest(tmp_path, 40)
+    run(tmp_path, "--epochs", 3)
+    newest, before = (tmp_path / "run" / "state" / name for name in train.STATES)
+    steps = [json.loads(read_metadata(path)["progress"])["step"] for path in (newest, before)]
+    assert steps == [9, 6]
+    whole = load_file(newest)
+    newest.unlink()  # as a kill between two renamings leaves it
+    assert run(tmp_path, "--resume") == 0
+    assert all(torch.equal(whole[name], tensor) for name, tensor in load_file(newest).items())
 
 
 def test_a_hand_written_manifest_without_labels_trains_and_validates_by_its_loss(tmp_path):
@@ -266,12 +486,12 @@ def test_a_hand_written_manifest_without_labels_trains_and_validates_by_its_loss
     assert BrgSA.from_pretrained(tmp_path / "run").config.vision == "resnet18"
 
 
-def test_the_authors_optimiser_schedule_and_accumulated_batches_run(tmp_path):
+def test_the_authors_optimiser_schedule_and_a_learnt_scale_run(tmp_path):
     easy_manifest(tmp_path, 40)
-    run(tmp_path, "--epochs", 12, "--optimizer", "adam", "--schedule", "plateau",
-        "--accumulate", 2, "--learn-scale", "--validate-every", 5)
-    assert read_log(tmp_path)[-1]["step"] == 12 * 3 // 2
-    assert [line["step"] for line in read_log(tmp_path) if "valid" in line] == [5, 10, 15, 18]
+    run(tmp_path, "--epochs", 6, "--optimizer", "adam", "--schedule", "plateau",
+        "--chunk", 3, "--learn-scale", "--validate-every", 2)
+    assert read_log(tmp_path)[-1]["step"] == 6 * 3
+    assert [line["step"] for line in read_log(tmp_path) if "valid" in line] == [6, 12, 18]
     assert BrgSA.from_pretrained(tmp_path / "run").scale != 10
 
 
@@ -357,7 +577,7 @@ def test_schedules_warm_up_and_fall():
     (["--preset", "huge"], "no preset 'huge'"),
     (["--manifest", "absent.csv"], "absent.csv: no such file"),
     (["--manifest", "manifest.csv", "--vision", "swin"], "vision can't be 'swin'; one of vit"),
-    (["--accumulate", "0"], "--accumulate is 0; a number from 1 "),
+    (["--chunk", "-1"], "--chunk is -1; a number from 0 "),
     (["--holdout", "-0.5"], "--holdout is -0.5; a number from 0 to 0.9"),
     (["--lr", "nan"], "--lr is nan"),
     (["--batch", "1"], "--batch is 1"),
@@ -378,7 +598,7 @@ def test_bad_settings_are_one_line(tmp_path, monkeypatch, capsys, arguments, sai
 
 
 @pytest.mark.parametrize("arguments", [
-    ["--optimizer", "sgd"], ["--schedule", "cosin"], ["--epochs", "many"], ["--drawing", "none"]])
+    ["--optimizer", "sgd"], ["--schedule", "cosin"], ["--epochs", "many"], ["--freeze", "none"]])
 def test_choices_are_those_of_a_list(tmp_path, capsys, arguments):
     with pytest.raises(SystemExit) as stop:
         run(tmp_path, *arguments)
