@@ -38,7 +38,6 @@ def parse(argv=None):
     option = add("summarize", "the small summarizer; the decoder beside transformers", "--small")
     option("--checkpoint", help="the small summarizer's folder; default: the one that comes along")
     option("--small", action="store_true", help="the small summarizer alone")
-    option("--pairs", help=argparse.SUPPRESS)
     add("attention", "the bank's attention beside eager torch and its fused attention")
     option = add("ablation", "summaries and bank, each alone and both", "--seeds 2 --epochs 30")
     option("--seeds", type=int, default=3)
@@ -283,8 +282,6 @@ def bench_one_scan():
 # ---------------------------------------------------------------- summarize
 def bench_summarize(arguments):
     """The small summarizer's speed and F1; the decoder beside transformers' generate."""
-    if arguments.pairs:
-        raise ValueError(f"--pairs is now: python distil.py --curriculum {arguments.pairs}")
     for wordings in ("usual", "held-out"):
         checkpoint = arguments.checkpoint or summarize.SMALL_CHECKPOINT
         bench_small_summarizer(checkpoint, wordings)

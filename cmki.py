@@ -35,6 +35,7 @@ Example:
 """
 import math
 import warnings
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -76,8 +77,7 @@ class KnowledgeBank(nn.Module):
         if isinstance(init, torch.Tensor):
             if init.shape != self.weight.shape:
                 raise ValueError(
-                    f"the bank has shape {(size, dim)}, "
-                    f"the entries given for it {tuple(init.shape)}"
+                    f"the bank is {(size, dim)}, the entries for it are {tuple(init.shape)}"
                 )
             self.weight.copy_(init)
         elif init == "orthogonal":
@@ -159,7 +159,7 @@ def bank_attention(x, bank, scale=1.0):
     if autocast and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
         x, bank = x.to(dtype), bank.to(dtype)
-    widths_match = x.ndim >= 1 and bank.ndim == 2 and x.shape[-1] == bank.shape[1]
+    widths_match = bank.ndim == 2 and x.shape[-1:] == bank.shape[1:]
     kinds_match = x.is_floating_point() and x.dtype == bank.dtype and x.device == bank.device
     if not (widths_match and kinds_match) or 0 in bank.shape:
         raise ValueError(
@@ -171,20 +171,32 @@ def bank_attention(x, bank, scale=1.0):
     return out.reshape(x.shape)
 
 
-@torch.library.custom_op("cmki::bank_attention", mutates_args=())
-def _attend(
-    x: torch.Tensor, bank: torch.Tensor, scale: float
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+FORWARD = "(Tensor x, Tensor bank, float scale) -> (Tensor, Tensor, Tensor)"
+BACKWARD = (
+    "(Tensor g, Tensor x, Tensor bank, Tensor stats, Tensor kept, float scale) -> (Tensor, Tensor)"
+)
+
+
+@torch.library.custom_op("cmki::bank_attention", mutates_args=(), schema=FORWARD)
+def _attend(x, bank, scale):
     """x (N, d), bank (K, d) -> out (N, d), and the two tensors that _outputs describes."""
-    forward = _triton_forward if _on_triton(x) else _chunked_forward
-    return forward(x, bank, scale)
+    out, stats, kept = _outputs(x, bank, scale)
+    if _on_triton(x) and _triton_forward(x, bank, stats, kept, scale):
+        return out.copy_(kept), stats, kept
+    limit, wider = _widening(x)
+    for rows, p, _ in _chunks(x, bank, kept):
+        peak = _softmax(x[rows], bank, scale, p, limit) if limit else math.inf
+        if peak > limit:
+            wide_p = torch.empty_like(p, dtype=wider)
+            _softmax(x[rows], bank, scale, wide_p)
+            p.copy_(wide_p)
+        stats[rows.start] = peak
+        torch.mm(p, bank, out=out[rows])
+    return out, stats, kept
 
 
-@torch.library.custom_op("cmki::bank_attention_backward", mutates_args=())
-def _attend_backward(
-    g: torch.Tensor, x: torch.Tensor, bank: torch.Tensor, stats: torch.Tensor, kept: torch.Tensor,
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
+@torch.library.custom_op("cmki::bank_attention_backward", mutates_args=(), schema=BACKWARD)
+def _attend_backward(g, x, bank, stats, kept, scale):
     """Gradients of x and bank from g (N, d), chunk by chunk of rows."""
     dx, dbank = x.new_empty(x.shape), bank.new_zeros(bank.shape)
     # A half-precision sum over many chunks would lose digits: every fourth moves it into fp32.
@@ -192,12 +204,12 @@ def _attend_backward(
     total = torch.zeros_like(dbank, dtype=torch.float32) if in_fp32 else None
     for i, (rows, p, ds) in enumerate(_p_and_ds(g, x, bank, stats, kept, scale)):
         dx[rows].addmm_(ds, bank, beta=0, alpha=scale)
-        begins_sum = i % 4 == 0 if in_fp32 else i == 0
-        dbank.addmm_(p.mT, g[rows], beta=float(not begins_sum))
+        dbank.addmm_(p.mT, g[rows])
         dbank.addmm_(ds.mT, x[rows], alpha=scale)
         if in_fp32 and (i % 4 == 3 or rows.stop == len(x)):
             for part, new in zip(total.split(128), dbank.split(128)):  # a mixed sum makes a copy
                 part += new
+            dbank.zero_()
     return dx, dbank.copy_(total) if in_fp32 else dbank
 
 
@@ -238,10 +250,9 @@ def _derivative(ctx, g, *_):
     if g is None:
         return None, None, None
     if torch.is_grad_enabled():  # create_graph=True: in operations that can be differentiated again
-        p = torch.softmax(ctx.scale * x @ bank.mT, dim=-1)
-        dp = g @ bank.mT
-        ds = ctx.scale * p * (dp - (p * dp).sum(-1, keepdim=True))
-        return ds @ bank, p.mT @ g + ds.mT @ x, None
+        attention = partial(reference_attention, scale=ctx.scale)
+        _, gradients = torch.func.vjp(attention, x, bank)
+        return *gradients(g), None
     return *_attend_backward(g, x, bank, stats, kept, ctx.scale), None
 
 
@@ -309,28 +320,15 @@ def _softmax(x, bank, scale, out, limit=math.inf):
     return peak
 
 
-def _chunked_forward(x, bank, scale):
-    out, peaks, kept = _outputs(x, bank, scale)
-    limit, wider = _widening(x)
-    for rows, p, _ in _chunks(x, bank, kept):
-        peak = _softmax(x[rows], bank, scale, p, limit) if limit else math.inf
-        if peak > limit:
-            wide_p = torch.empty_like(p, dtype=wider)
-            _softmax(x[rows], bank, scale, wide_p)
-            p.copy_(wide_p)
-        peaks[rows.start] = peak
-        torch.mm(p, bank, out=out[rows])
-    return out, peaks, kept
-
-
 def _p_and_ds(g, x, bank, stats, kept, scale):
     """Yield (rows, P, dS) of each chunk, P and dS (n, K) in x's dtype."""
     limit, wider = _widening(x)
     buffer = x.new_empty(_chunk_rows(x, bank), len(bank))
     for rows, p, known in _chunks(x, bank, kept):
         x_rows, g_rows, ds = x[rows], g[rows], buffer[:len(p)]
-        saved = stats[rows], kept[rows]
-        if _on_triton(x) and _triton_p_and_ds(x_rows, g_rows, bank, *saved, scale, p, ds):
+        if _on_triton(x) and _triton_p_and_ds(
+            x_rows, g_rows, bank, stats[rows], kept[rows], scale, p, ds
+        ):
             yield rows, p, ds
             continue
         if limit == 0 or (wider and stats[rows.start].item() > limit):
@@ -374,14 +372,15 @@ def _forward_blocks(d):
 BACKWARD_BLOCKS = dict(BLOCK_N=128, BLOCK_K=128, BLOCK_D=32, num_warps=8, num_stages=3)
 
 
-def _launched(kernel, grid, x, *arguments, **blocks):
+def _launched(kernel, grid, scale, x, bank, *tensors, **blocks):
     """Launch a kernel on x's device; False where it can't be, so that the chunks have to do."""
     key = x.device, x.dtype, x.shape[1]
     if key in _refused:
         return False
+    sizes = len(x), *bank.shape  # N, K, d
     try:
         with torch.cuda.device_of(x):
-            kernel[grid](x, *arguments, **blocks)
+            kernel[grid](x.contiguous(), bank.contiguous(), *tensors, *sizes, scale, **blocks)
     except Exception as error:  # too little shared memory, no compiler, an unknown card, ...
         _refused.add(key)
         warnings.warn(f"bank_attention does without its Triton kernels for {key}: {error!r}")
@@ -389,25 +388,20 @@ def _launched(kernel, grid, x, *arguments, **blocks):
     return True
 
 
-def _triton_forward(x, bank, scale):
-    (N, d), K = x.shape, len(bank)
-    out, lse, exact = _outputs(x, bank, scale)
-    blocks = _forward_blocks(d)
-    grid = (triton.cdiv(N, blocks["BLOCK_N"]),)
-    tensors = x.contiguous(), bank.contiguous(), exact, lse
-    if not _launched(_forward_kernel, grid, *tensors, N, K, d, scale, **blocks):
-        return _chunked_forward(x, bank, scale)
-    return out.copy_(exact), lse, exact
+def _triton_forward(x, bank, lse, exact, scale):
+    """Log-sum-exp and output in fp32; False where the kernel can't be launched."""
+    blocks = _forward_blocks(x.shape[1])
+    grid = (triton.cdiv(len(x), blocks["BLOCK_N"]),)
+    return _launched(_forward_kernel, grid, scale, x, bank, exact, lse, **blocks)
 
 
 def _triton_p_and_ds(x, g, bank, lse, exact, scale, p, ds):
     """P and dS of a chunk into p and ds (n, K); False where the kernel can't be launched."""
-    (n, d), K = x.shape, len(bank)
     delta = (g * exact).sum(-1)  # rowsum(P * dP) = rowsum(g * out)
     blocks = BACKWARD_BLOCKS
-    grid = triton.cdiv(n, blocks["BLOCK_N"]), triton.cdiv(K, blocks["BLOCK_K"])
-    tensors = x.contiguous(), g.contiguous(), bank.contiguous(), lse, delta, p, ds
-    return _launched(_p_and_ds_kernel, grid, *tensors, n, K, d, scale, **blocks)
+    grid = triton.cdiv(len(x), blocks["BLOCK_N"]), triton.cdiv(len(bank), blocks["BLOCK_K"])
+    tensors = x, bank, g.contiguous(), lse, delta, p, ds
+    return _launched(_p_and_ds_kernel, grid, scale, *tensors, **blocks)
 
 
 if triton is not None:
@@ -447,7 +441,7 @@ if triton is not None:
 
     @triton.jit
     def _p_and_ds_kernel(
-        x, g, bank, lse, delta, p, ds, n, K, d, scale,
+        x, bank, g, lse, delta, p, ds, n, K, d, scale,
         BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
     ):
         """A tile of P = exp(scale x bank^T - lse) and of dS = P * (g bank^T - delta)."""
@@ -501,9 +495,8 @@ def nearest_prompts(bank, embeddings, prompts, k=3):
     entries = F.normalize(bank.weight, dim=-1)
     cosines = entries @ F.normalize(embeddings.to(entries), dim=-1).mT  # (size, M)
     nearest = []
-    for row in cosines:
-        values, indices = row.topk(min(k, len(prompts)))
-        names = [prompts[i] for i in indices.tolist()]
+    for values, indices in zip(*cosines.topk(min(k, len(prompts)))):
+        names = [prompts[i] for i in indices]
         nearest.append([*zip(names, values.tolist())])
     return nearest
 
@@ -526,13 +519,11 @@ def kmeans(features, k, iterations=25, seed=0):
 
     def nearest_centre(centres):
         """(squared distance (M,), index (M,)), in chunks so that no (M, k) matrix is held."""
-        distances, indices = [], []
+        squares, nearest = centres.square().sum(-1), []
         for chunk in features.split(4096):
-            squares = centres.square().sum(-1)
-            distance, index = torch.addmm(squares, chunk, centres.mT, alpha=-2).min(-1)
-            distances.append(distance)
-            indices.append(index)
-        return (torch.cat(distances) + norms).clamp_min(0), torch.cat(indices)
+            nearest.append(torch.addmm(squares, chunk, centres.mT, alpha=-2).min(-1))
+        distance, index = map(torch.cat, zip(*nearest))
+        return (distance + norms).clamp_min(0), index
 
     # Seeding: the first centre is any feature, each further one likely to be far from those before.
     centres = features.new_empty(k, features.shape[1])

@@ -12,7 +12,6 @@ import re
 import sys
 import zipfile
 from collections import OrderedDict
-from pathlib import Path
 
 
 def parse():
@@ -33,6 +32,7 @@ if __name__ == "__main__" and {"-h", "--help"} & {*sys.argv}:
 
 import torch
 
+from data import run_command
 from model import BrgSA, Config, from_bert, read_tokenizer
 
 # How the authors' names begin, below `gloria.` -> the part of BrgSA (text's are renamed further).
@@ -197,18 +197,6 @@ def convert(checkpoint, tokenizer, out):
 
 
 # ---- Command line --------------------------------------------------------------------------------
-
-def run_command(main):
-    """Run a command line's main() -> exit status; bad input is 2 and one line on standard error."""
-    try:
-        return main()
-    except (ValueError, OSError) as error:
-        status, line = 2, f"error: {' '.join(str(error).split())}"
-    except KeyboardInterrupt:
-        status, line = 130, "stopped"
-    print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
-    return status
-
 
 def main():
     """The command line."""

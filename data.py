@@ -872,7 +872,12 @@ def read_csv(path, *needed):
     try:
         text = Path(path).read_bytes().decode("utf-8-sig")
         reader = csv.DictReader(io.StringIO(text, newline=""), restval="", strict=True)
-        missing = set(needed) - set(reader.fieldnames or [])
+        columns = reader.fieldnames or []
+        missing = set(needed) - set(columns)
+        if "\0" in text:
+            raise csv.Error("a NUL byte")
+        if len(set(columns)) < len(columns):
+            raise csv.Error("a column stands twice")
         if missing:
             raise ValueError(f"{path}: has no column {', '.join(sorted(missing))}; its first line "
                              "must be a header, with commas")

@@ -20,24 +20,6 @@ import tomllib
 from pathlib import Path
 
 
-def positive(text, kind=float, most=math.inf):
-    """A number above 0, for argparse."""
-    value = kind(text)
-    if not 0 < value < most:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and {most}")
-    return value
-
-
-def positive_int(text):
-    """A whole number above 0, for argparse."""
-    return positive(text, int)
-
-
-def share(text):
-    """A number from 0 to 1, for argparse."""
-    return positive(text, most=1) if float(text) else 0.0
-
-
 def parse():
     """The command line's arguments, those that are typed."""
     parser = argparse.ArgumentParser(
@@ -48,17 +30,14 @@ def parse():
     add("--pairs", help='lines {"report", "abnormalities"}; or a summaries.jsonl, with --manifest')
     add("--out", help="directory of the checkpoint to write")
     add("--manifest", help="where the reports of a summaries.jsonl are")
-    add("--checkpoint", help="fine-tune this one; left out: a new small Llama of these sizes:")
-    for name in ("vocab", "width", "layers", "heads"):
-        add(f"--{name}", type=positive_int)
+    add("--checkpoint", help="fine-tune this one; left out: a new Llama of --vocab to --heads")
+    for name in ("vocab", "width", "layers", "heads", "steps", "tokens", "seed"):
+        add(f"--{name}", type=int)
     add("--reads", choices=["reports", "sentences"],
         help="what a new checkpoint is asked for: sentences if the pairs are such")
-    for name in ("steps", "tokens"):
-        add(f"--{name}", type=positive_int)
-    add("--seed", type=int)
-    add("--lr", type=positive)
-    add("--dropout", type=share, help="of the tokenizer's merges in training (BPE-dropout)")
-    add("--caution", type=positive,
+    add("--lr", type=float)
+    add("--dropout", type=float, help="of the tokenizer's merges in training (BPE-dropout)")
+    add("--caution", type=float,
         help="weight of pairs that affirm nothing; above 1: rather miss than invent a finding")
     add("--device")
     return parser.parse_args()
@@ -71,8 +50,11 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save as to_safetensors
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
+from data import report_sha256 as sha256
+from data import run_command
 from llm import LLM, Config, fast_on_cpu, read_json, write_atomically
 from phantom_reports import capital, findings, statements
 from summarize import (
@@ -81,9 +63,7 @@ from summarize import (
     in_order,
     read_manifest,
     report_chat,
-    run_command,
     score,
-    sha256,
 )
 
 RESOURCES = Path(__file__).parent / "resources"
@@ -165,8 +145,12 @@ def fit(pairs, out, checkpoint=None, manifest=None, steps=3000, tokens=3000, lr=
     affirm nothing; above 1 the summarizer rather misses a finding than invents one. 2 % of the
     pairs, at most 500, are held out.
     """
-    if caution <= 0:
-        raise ValueError(f"caution is {caution}; it must be above 0")
+    numbers = {"steps": steps, "tokens": tokens, "lr": lr, "caution": caution, **sizes}
+    for name, value in numbers.items():
+        if name != "reads" and not 0 < value < math.inf:
+            raise ValueError(f"{name} is {value}; it must be above 0")
+    if not 0 <= dropout <= 1:
+        raise ValueError(f"dropout is {dropout}; it must be from 0 to 1")
     rng, out, pairs = random.Random(seed), Path(out), read_pairs(pairs, manifest)
     random.Random(0).shuffle(pairs)  # whatever the seed: the next training holds out the same pairs
     n_held = min(len(pairs) // 50 + 1, 500)
@@ -237,8 +221,9 @@ def batches(pairs, llm, chat, tokens, rng, caution=1.0):
                                               add_special_tokens=False)
         rows = []
         for (prompt, _), answer, (_, names) in zip(prompts, answers, pool):
-            ids = prompt + (answer.ids + end)[:256]
-            rows.append((ids, len(prompt), 1.0 if names else caution))
+            answer = (answer.ids + end)[:256]
+            weight = 1.0 if names else caution
+            rows.append((prompt + answer, [0.0] * (len(prompt) - 1) + [weight] * len(answer)))
         # Rows of a length go together, so that little is padding.
         groups = [[]]
         for row in sorted(rows, key=lambda row: len(row[0])):
@@ -249,14 +234,10 @@ def batches(pairs, llm, chat, tokens, rng, caution=1.0):
 
 
 def padded(rows):
-    """rows (ids, where the answer begins, its weight) -> a batch's ids and weights."""
-    width = max(len(ids) for ids, _, _ in rows)
-    batch = torch.zeros(len(rows), width, dtype=torch.long)
-    weights = torch.zeros(len(rows), width - 1)
-    for i, (ids, start, weight) in enumerate(rows):
-        batch[i, :len(ids)] = torch.tensor(ids)
-        weights[i, start - 1:len(ids) - 1] = weight
-    return batch, weights
+    """rows (ids, weights) -> a batch's ids and weights."""
+    ids, weights = zip(*rows)
+    ids, weights = list(map(torch.tensor, ids)), list(map(torch.tensor, weights))
+    return pad_sequence(ids, batch_first=True), pad_sequence(weights, batch_first=True)
 
 
 def answer_loss(llm, ids, weights):

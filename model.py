@@ -22,7 +22,6 @@ import json
 import math
 import os
 import re
-import sys
 from collections import Counter
 from dataclasses import asdict, dataclass, fields
 from functools import partial
@@ -84,7 +83,8 @@ class Config:
             value, kind = getattr(self, item.name), item.type
             right = type(value) is kind or kind is float and type(value) is int
             if kind in (int, float):
-                right = right and 0 <= value < 2**31
+                least = 0 if item.name in MAY_BE_ZERO else 1e-9
+                right = right and least <= value < 2**31
             elif item.name in CHOICES:
                 choices = CHOICES[item.name]
                 _require(value in choices, item.name, value, f"; one of {', '.join(choices)}")
@@ -94,8 +94,6 @@ class Config:
             _require(len(value) == 3 and all(0 < size < math.inf for size in value), name, value)
         _require(self.text_dropout < 1, "text_dropout", self.text_dropout)
         _require(self.version == Config.version, "version", self.version)
-        for name in SIZES:
-            _require(getattr(self, name) > 0, name, getattr(self, name))
         for window in (self.hu_range, *self.windows):
             _require(len(window) == 2 and window[0] < window[1], "hu_range or windows", window)
         for part in ("vit", "text"):
@@ -119,12 +117,7 @@ CHOICES = {
     "text_pooling": ("padded", "mean", "sentences"),
     "prompts_as": ("plain", "contrast", "context", "prototype"),
 }
-# Numbers that must be more than 0.
-SIZES = (
-    "std", "vit_width", "vit_depth", "vit_heads", "resnet_width", "vocabulary", "text_width",
-    "text_depth", "text_heads", "text_positions", "text_mlp", "text_length", "dim", "bank_size",
-    "scale",
-)
+MAY_BE_ZERO = ("mean", "text_eps", "text_dropout")  # all other numbers are more than 0
 # What a config.json of version 1 meant without saying so.
 VERSION_1 = {"text_cleaning": "plain", "text_pooling": "mean", "text_dropout": 0.0}
 DEEP_LUNG, LUNG, SOFT_TISSUE, BONE = (-1000, -700), (-1000, -100), (-160, 240), (100, 900)
@@ -253,7 +246,7 @@ class ViT3D(nn.Module):
         grid = [size // step for size, step in zip(shape, self.patch)]
         x = self.embed_patches(volumes, grid)                                    # (B, N, C)
         x = torch.cat([self.cls_token.expand(B, -1, -1), x], 1)                  # (B, 1 + N, C)
-        x = x + self.position_embedding(grid)
+        x = x + resize_positions(self.pos_embed, self.base_grid, grid)
         for block in self.blocks:
             x = block(x)
         x = self.norm(x)
@@ -266,14 +259,14 @@ class ViT3D(nn.Module):
         x = x.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(1, 3)           # (B, N, patch)
         return F.linear(x, projection.weight.flatten(1), projection.bias)
 
-    def position_embedding(self, grid):
-        """(1, 1 + N, C) for a grid (gx, gy, gz)."""
-        if tuple(grid) == self.base_grid:
-            return self.pos_embed
-        cls, patches = self.pos_embed.tensor_split([1], 1)
-        patches = patches.mT.unflatten(2, self.base_grid)                       # (1, C, gx, gy, gz)
-        patches = F.interpolate(patches, grid, mode="trilinear")
-        return torch.cat([cls, patches.flatten(2).mT], 1)
+
+def resize_positions(positions, source, grid):
+    """A position embedding (1, 1 + N, C) of the grid `source`, for another grid (gx, gy, gz)."""
+    if tuple(source) == tuple(grid):
+        return positions
+    cls, patches = positions.tensor_split([1], 1)
+    patches = F.interpolate(patches.mT.unflatten(2, source), grid, mode="trilinear")
+    return torch.cat([cls, patches.flatten(2).mT], 1)
 
 
 def _convolution(inputs, outputs, size, stride):
@@ -350,8 +343,9 @@ class ResNet8(nn.Module):
         for block in self.blocks:
             stages.append(block(stages[-1]))
         flat = [stage.movedim(1, -1).flatten(1, 3) for stage in stages]        # as it is in memory
-        means, maxima = [x.mean(1) for x in flat], [x.max(1).values for x in flat]
-        pooled, cells = torch.cat(means + maxima, 1), None
+        parts = [x.mean(1) for x in flat]
+        parts += [x.max(1).values for x in flat]
+        pooled, cells = torch.cat(parts, 1), None
         if not self.training:
             grid = stages[2].shape[2:]
             cells = [F.adaptive_avg_pool3d(stage, grid) for stage in stages]
@@ -719,9 +713,9 @@ def joint_vectors(v, v_hat, t, t_hat, pairs=PAIRS[:2]):
     """
     unit = {"v": v, "v_hat": v_hat, "t": t, "t_hat": t_hat}
     unit = {name: F.normalize(x, dim=-1) / len(pairs) ** 0.5 for name, x in unit.items()}
-    sides = [pair.split("-") for pair in pairs]
-    images = torch.cat([unit[image] for image, _ in sides], -1)
-    return images, torch.cat([unit[text] for _, text in sides], -1)
+    images, texts = zip(*[pair.split("-") for pair in pairs])
+    images = torch.cat([unit[name] for name in images], -1)
+    return images, torch.cat([unit[name] for name in texts], -1)
 
 
 def whitening(features, floor=0.001):
@@ -858,11 +852,3 @@ def _loaded(kind, config, tokenizer, weights, directory):
     text = model.text if kind is BrgSA else model
     text.set_tokenizer(tokenizer)  # with tensors that have values
     return model
-
-
-if __name__ == "__main__":
-    print(
-        "model.py: error: it is no command; to convert a checkpoint: "
-        "python convert.py official CHECKPOINT --tokenizer DIR --out DIR", file=sys.stderr
-    )
-    sys.exit(2)

@@ -38,6 +38,7 @@ from numpy.linalg import norm
 from numpy.random import default_rng
 from tqdm import tqdm
 
+from data import run_command, write_atomically
 from phantom_reports import (
     ABNORMALITIES,
     CT_RATE,
@@ -938,21 +939,6 @@ def volume_path(name, release=2):
     return Path(split + SUFFIX[release], patient, f"{patient}_{scan}", name + ".nii.gz")
 
 
-def write_atomically(path, content):
-    """Write bytes to a temporary name beside path, sync, rename: a killed run leaves old or new."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def nifti(voxels, affine):
     """The bytes of a .nii.gz: the same for the same input (no time, no file name)."""
     image = nib.Nifti1Image(voxels, affine, dtype=voxels.dtype)
@@ -1153,18 +1139,6 @@ def main(arguments=None):
         preview(o.preview, o.seed)
     if o.out:
         write(o.out, o.train, o.valid, o.seed, o.release, o.workers, o.masks)
-
-
-def run_command(main):
-    """Run a command line's main() -> exit status; bad input is 2 and one line on standard error."""
-    try:
-        return main()
-    except (ValueError, OSError) as error:
-        status, line = 2, f"error: {' '.join(str(error).split())}"
-    except KeyboardInterrupt:
-        status, line = 130, "stopped"
-    print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
-    return status
 
 
 if __name__ == "__main__":

@@ -10,9 +10,7 @@ that it affirms (BrgSA's semantic summarization, arXiv 2501.03565, there done by
 DIR is a Hugging Face checkpoint that llm.py reads, on the user's own disk: no report leaves it.
 """
 import argparse
-import csv
 import fcntl
-import hashlib
 import json
 import os
 import re
@@ -50,6 +48,8 @@ if __name__ == "__main__" and {"-h", "--help"} & {*sys.argv}:
 import torch
 from tqdm import tqdm
 
+from data import read_csv, read_records, run_command, sentences
+from data import report_sha256 as sha256
 from llm import LLM, Chat, find_device
 
 # ---- the task: what is asked ---------------------------------------------------------------------
@@ -225,12 +225,6 @@ def joined(results):
     return None if None in names else in_order(chain(*names)), "\n".join(texts), any(cuts)
 
 
-def sentences(text):
-    """Split a report or a summary into its sentences; what has no letter or digit is left out."""
-    parts = re.split(r"(?<=[.!?;])\s+|\n+", text.strip())
-    return [part for part in parts if re.search(r"\w", part)]
-
-
 # ---- the run -------------------------------------------------------------------------------------
 def run(checkpoint, manifest_path, out_path, batch_size=None, device=None, max_new_tokens=192,
         progress=True):
@@ -291,40 +285,14 @@ def ranks():
 
 
 def read_manifest(path):
-    """The rows of a manifest.csv as dicts; ValueError names a row that isn't right, never its text.
-
-    A row with more cells than the header isn't: a comma without quotes has cut its report in two.
-    """
-    csv.field_size_limit(1 << 24)
-    rows = []
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            table = csv.DictReader(file, restval="", strict=True)
-            if (table.fieldnames or []).count("report") != 1:
-                raise ValueError(f"{path}: no column `report`, or two; python data.py manifest "
-                                 "writes one")
-            for row in table:
-                check_row(row)
-                rows.append(row)
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path}, row {len(rows) + 2}: not UTF-8 or not CSV ({error}); put a text "
-                         "with commas, quotes or line ends in quotes, its own doubled") from None
+    """The rows of a manifest.csv as dicts; ValueError names a row that isn't right."""
+    rows = read_csv(path, "report")
+    for number, row in enumerate(rows, 2):
+        for column in filter(re.compile("label:").match, row):
+            row[column] = row[column].strip()
+            if row[column] not in ("", "0", "1", "0.0", "1.0"):
+                raise ValueError(f"{path}, row {number}: {column} is not 0, 1 or empty")
     return rows
-
-
-def check_row(row):
-    """csv.Error where a manifest's row has too many cells, a NUL byte or a label that is none."""
-    if any(row.pop(None, ())) or "\0" in row["report"]:
-        raise csv.Error("more cells than the header has, or a NUL byte")
-    for column in filter(re.compile("label:").match, row):
-        row[column] = row[column].strip()
-        if row[column] not in ("", "0", "1", "0.0", "1.0"):
-            raise csv.Error(f"{column} is not 0, 1 or empty")
-
-
-def sha256(text):
-    """The key of a report."""
-    return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
 def locked(out):
@@ -390,19 +358,6 @@ def wait():
         torch.distributed.barrier()
 
 
-def read_records(path):
-    """summaries.jsonl -> {sha256 of the report: its record}; ValueError names a bad line."""
-    records = {}
-    for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
-        try:
-            record = json.loads(line)
-            records[record["report_sha256"]] = record
-        except (ValueError, KeyError, TypeError, RecursionError):
-            mend = "delete it and run summarize.py again, which does that report anew"
-            raise ValueError(f"{path}: line {number} is not a summary; {mend}") from None
-    return records
-
-
 def score(rows, records):
     """Counts, precision, recall and F1 of each `label:` column of manifest rows, and of all.
 
@@ -458,21 +413,7 @@ def dry_run(checkpoint, manifest, n, batch, device, max_new_tokens):
         print(f"---- answer{' (report cut)' if cut else ''}\n{answer}\n---- read as\n{names}\n")
 
 
-def run_command(main):
-    """Run a command line's main() -> exit status; bad input is 2 and one line on standard error."""
-    try:
-        return main()
-    except (ValueError, OSError) as error:
-        status, line = 2, f"error: {' '.join(str(error).split())}"
-    except KeyboardInterrupt:
-        status, line = 130, "stopped"
-    print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
-    return status
-
-
 def main():
-    if sys.argv[1:2] == ["fit"]:
-        raise ValueError("fit is now: python distil.py --pairs pairs.jsonl --out DIR")
     a = arguments()
     settings = a.batch, a.device, a.max_new_tokens
     if any(count is not None and count < 1 for count in (a.batch, a.max_new_tokens, a.dry_run)):

@@ -104,7 +104,7 @@ SCHEDULES = {
     "base": {},
     # A text encoder that begins from nothing and learns draws rare sentences together: it stays.
     "phantom": dict(
-        epochs=38, batch=32, optimizer="muon", lr=6e-3, text_lr=0.0, beta1=0.9, weight_decay=0.02,
+        epochs=44, batch=32, optimizer="muon", lr=6e-3, text_lr=0.0, beta1=0.9, weight_decay=0.02,
         schedule="cosine", warmup=30, clip=1.0, drawing="all", holdout=0.1, validate_every=3,
     ),
 }
@@ -161,11 +161,9 @@ if __name__ == "__main__" and {"-h", "--help"} & {*sys.argv}:
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn
-import torch.nn.functional as F
 from matplotlib.figure import Figure
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file, save, save_file
 from torch._subclasses import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
@@ -187,8 +185,8 @@ from model import (
     pick_device,
     read_config,
     read_tokenizer,
+    resize_positions,
     train_tokenizer,
-    zero_shot_scores,
 )
 from report import evaluation_table
 
@@ -197,31 +195,9 @@ PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.floa
 
 # ---- 2. The loop ---------------------------------------------------------------------------------
 
-@dataclass
-class Run:
-    """What a training run works with, from set_up to the last save."""
-    settings: Settings
-    device: torch.device
-    pairs: data.ReportVolumes
-    batch: int              # pairs in a batch, so that every rank has as many
-    held_out: list          # rows, and their texts
-    held_texts: list
-    model: BrgSA
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-    plateau: torch.optim.lr_scheduler.ReduceLROnPlateau
-    progress: dict          # step, lowest held-out loss, losses since the last line of the log, ...
-    cost: dict              # see costs
-    rate: float             # FLOP/s of this device's matrix products
-
-    @property
-    def out(self):
-        return Path(self.settings.out)
-
-
 def train(settings):
     """Train as settings say, in settings.out; True when the last step was made, else stopped."""
-    run, log = set_up(settings), None
+    run, log = Run(settings), None
     first = run.progress["step"]
 
     # the first process writes the run's folder, so that even the first epoch can be resumed
@@ -256,12 +232,12 @@ def train(settings):
             end_epoch(run, log, lr, done / per_epoch)
 
         # then, every 15 minutes, at a signal: save what resumption needs
-        stops = on_any_process(signals)
+        stops = any(from_all(bool(signals)))
         if log and (validates or stops or time.monotonic() - saved_at > 900):
             save_state(run)
             saved_at = time.monotonic()
         if stops:
-            wait_for_all()  # torchrun ends all where one has ended
+            from_all()  # torchrun ends all where one has ended
             return False
     return True
 
@@ -312,14 +288,27 @@ def loss_of(run, embeddings):
     """The loss of the whole batch and its parts, from this process's embeddings."""
     settings = run.settings
     weights = settings.alpha, settings.beta, settings.gamma, run.model.scale
-    return alignment_loss(*gathered(embeddings), *weights)
+    if WORLD > 1:
+        embeddings = map(Gathered.apply, embeddings)
+    return alignment_loss(*embeddings, *weights)
 
 
-def gathered(embeddings):
-    """The embeddings of every process's part of the batch, with gradients: all are negatives."""
-    if not dist.is_initialized():
-        return embeddings
-    return [torch.cat(dist.nn.functional.all_gather(x.contiguous())) for x in embeddings]
+class Gathered(torch.autograd.Function):
+    """The rows (n, d) of every process's part of the batch, (WORLD n, d): all are negatives.
+
+    Since each process takes the whole loss, it has its own rows' gradient whole; average_gradients
+    will divide it.
+    """
+
+    @staticmethod
+    def forward(ctx, x):
+        parts = [torch.empty_like(x) for _ in range(WORLD)]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient.chunk(WORLD)[RANK] * WORLD
 
 
 def backward_in_chunks(run, chunks):
@@ -340,8 +329,8 @@ def backward_in_chunks(run, chunks):
 
 
 def average_gradients(model):
-    """Over all processes: all_gather's gradient is the sum over their losses."""
-    if dist.is_initialized():
+    """Over all processes."""
+    if WORLD > 1:
         gradients = [weight.grad for weight in model.parameters() if weight.grad is not None]
         works = [dist.all_reduce(gradient, async_op=True) for gradient in gradients]
         for gradient, work in zip(gradients, works):
@@ -385,14 +374,13 @@ def report_step(run, log, bar, lr):
 
 def last_volumes(run):
     """A volume's name of each pair in this process's last batch."""
-    first = run.progress["step"] - 1
-    keys = next(iter(batch_keys(run, first)))
+    keys = next(own_keys(run, run.progress["step"] - 1))
     return [run.pairs.items[item][0][0].name for _, item in keys]
 
 
 def end_epoch(run, log, lr, epoch):
     """Validate; let the plateau schedule learn of it; keep the model of the lowest loss."""
-    progress, valid = run.progress, from_first(validate(run))  # all agree on the rate
+    progress, valid = run.progress, from_all(validate(run))[0]  # all agree on the rate
     if run.settings.schedule == "plateau" and valid:
         run.plateau.step(valid["loss"])
         progress["lr_factor"] *= run.optimizer.param_groups[0]["lr"] / lr
@@ -423,9 +411,8 @@ def validate(run):
         total += loss * len(part)
     result, classes = {"loss": float(total / len(v))}, data.classes_of(rows)
     if classes:
-        t = evaluate.embed_texts(model, [f"There is {name}" for name in classes])
-        t_hat = evaluate.bridge(model, t)
-        scores = zero_shot_scores(v, v_hat, t, t_hat, scored_pairs(settings)).numpy()
+        prompts = evaluate.make_prompts(classes)
+        scores = evaluate.score(model, v, prompts, scored_pairs(settings), v_hat)
         values = auroc(scores, data.labels_matrix(rows, classes))
         known = int(numpy.isfinite(values).sum())
         if known:
@@ -523,10 +510,10 @@ def pass_costs(model, n, amp):
             "flops": counter.get_total_flops()}
 
 
-def matrix_rate(device, amp):
-    """FLOP/s of matrix products on a device, of the type that is computed in."""
-    side = 8192 if device.type == "cuda" else 1024
-    matrix = torch.ones(side, side, dtype=amp, device=device)
+def matrix_rate(settings):
+    """FLOP/s of matrix products on the device, of the type that is computed in."""
+    side = 1024 if settings.device == "cpu" else 8192
+    matrix = torch.ones(side, side, dtype=mixed_precision(settings), device=settings.device)
     seconds = []
     for _ in range(5):
         start = time.perf_counter()
@@ -551,12 +538,14 @@ def plan(settings, config, cost, rate):
     disk = len(rows + held_out) * 2 * math.prod(config.shape) / 2**30
     memory = gibibytes(settings, cost, settings.chunk, settings.checkpoint_activations)
     weights = 16 * cost["parameters"] / 2**30
-    hours = steps * flops / rate / WORLD / 3600
+    hours, note = steps * flops / rate / WORLD / 3600, ""
+    if settings.preset == "base" and not settings.text_checkpoint + settings.init:
+        note = "; without --text-checkpoint BERT begins from nothing: few reports don't teach it"
     return (
         f"{cost['parameters'] / 1e6:.1f} million parameters; {memory:.1f} GiB a process, of these "
         f"{weights:.1f} weights, gradients and optimiser, the others activations; {pairs} pairs an "
         f"epoch, {steps} steps of {flops / 1e12:.2f} TFLOP: {hours:.1f} hours at the "
-        f"{rate / 1e12:.2f} TFLOP/s of a matrix product here; cache {disk:.1f} GiB"
+        f"{rate / 1e12:.2f} TFLOP/s of a matrix product here; cache {disk:.1f} GiB{note}"
     )
 
 
@@ -573,42 +562,49 @@ def out_of_memory(settings):
 
 # ---- 4. Set up: model and data -------------------------------------------------------------------
 
-def set_up(settings):
-    """The Run: from its last state where it has one, else from the beginning."""
-    device, config = torch.device(settings.device), model_config(settings)
-    cost, rate = costs(config, settings), matrix_rate(device, mixed_precision(settings))
-    if RANK == 0:
-        print(plan(settings, config, cost, rate), file=sys.stderr)
-    torch.manual_seed(settings.seed)
-    pairs, held_out, held_texts = training_data(settings, config)
-    batch = min(settings.batch, len(pairs)) // WORLD * WORLD
-    if batch < 2:
-        raise ValueError(
-            f"{settings.manifest}: {len(pairs)} distinct reports to train on; at least two are "
-            "needed, and one for each GPU"
-        )
-    state = newest_state(settings)
-    model = new_model(settings, config, pairs, device, resuming=state is not None)
-    prepare_model(model, settings, device)
-    optimizer = make_optimizer(model, settings)
-    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=5)
-    # float16 needs its gradients scaled; else the scaler only leaves out what isn't finite
-    scaling = {} if mixed_precision(settings) == torch.float16 else UNSCALED
-    scaler = torch.amp.GradScaler(device.type, **scaling)
-    here = {
-        "manifest_sha256": data.sha256_of(settings.manifest), "processes": WORLD,
-        "device": device.type, "precision": str(mixed_precision(settings) or torch.float32)}
-    progress = {"step": 0, "best": None, "lr_factor": 1.0, "plateau": None, "losses": {},
-                "skipped_in_a_row": 0}
-    if state:
-        progress |= load_state(state, model, optimizer, scaler)
-        if progress["plateau"]:
-            plateau.load_state_dict(progress["plateau"])
-        say_what_changed(settings, progress, here)
-    return Run(
-        settings, device, pairs, batch, held_out, held_texts, model, optimizer, scaler, plateau,
-        progress | here, cost, rate,
-    )
+class Run:
+    """What a training works with, from its last state where it has one, else from the beginning.
+
+    pairs: what it learns from, `batch` at a time over all processes; held_out: rows, held_texts:
+    their texts. cost: see costs; rate: FLOP/s of matrix products here. progress: the step, the
+    lowest held-out loss, the losses since the log's last line, what the plateau schedule knows.
+    """
+
+    def __init__(self, settings):
+        self.settings, self.out = settings, Path(settings.out)
+        self.device, config = torch.device(settings.device), model_config(settings)
+        self.cost, self.rate = costs(config, settings), matrix_rate(settings)
+        if RANK == 0:
+            print(plan(settings, config, self.cost, self.rate), file=sys.stderr)
+        torch.manual_seed(settings.seed)
+        self.pairs, self.held_out, self.held_texts = training_data(settings, config)
+        self.batch = min(settings.batch, len(self.pairs)) // WORLD * WORLD
+        if self.batch < 2:
+            raise ValueError(
+                f"{settings.manifest}: {len(self.pairs)} distinct reports to train on; at least "
+                "two are needed, and one for each GPU"
+            )
+        state = newest_state(settings)
+        self.model = new_model(settings, config, self.pairs, self.device, resuming=bool(state))
+        prepare_model(self.model, settings)
+        self.optimizer = make_optimizer(self.model, settings)
+        self.plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
+            self.optimizer, factor=0.5, patience=5)
+        # float16 needs its gradients scaled; else the scaler only leaves out what isn't finite
+        scaling = {} if mixed_precision(settings) == torch.float16 else UNSCALED
+        self.scaler = torch.amp.GradScaler(self.device.type, **scaling)
+        here = {
+            "manifest_sha256": data.sha256_of(settings.manifest), "processes": WORLD,
+            "device": self.device.type,
+            "precision": str(mixed_precision(settings) or torch.float32)}
+        self.progress = {"step": 0, "best": None, "lr_factor": 1.0, "plateau": None, "losses": {},
+                         "skipped_in_a_row": 0} | here
+        if state:
+            self.progress |= load_state(state, self.model, self.optimizer, self.scaler)
+            if self.progress["plateau"]:
+                self.plateau.load_state_dict(self.progress["plateau"])
+            say_what_changed(settings, self.progress, here)
+            self.progress |= here
 
 
 UNSCALED = {"init_scale": 1.0, "growth_interval": 2**31 - 1}
@@ -627,7 +623,7 @@ def say_what_changed(settings, progress, here):
               file=sys.stderr)
 
 
-def prepare_model(model, settings, device):
+def prepare_model(model, settings):
     """Freeze, wrap and compile parts of a model as settings say, and make all processes' alike."""
     model.bank.weight.requires_grad_(not settings.bank_frozen)
     parts = {"vision": [model.vision], "text": [model.text], "both": [model.vision, model.text]}
@@ -639,7 +635,7 @@ def prepare_model(model, settings, device):
     if settings.checkpoint_activations:
         checkpoint_blocks(model)
     if WORLD > 1:
-        if device.type == "cuda":  # it is for GPUs alone
+        if settings.device != "cpu":  # it is for GPUs alone
             model.vision = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model.vision)
         for tensor in model.state_dict().values():
             dist.broadcast(tensor, 0)
@@ -702,43 +698,42 @@ def new_model(settings, config, pairs, device, resuming):
 def load_vision(encoder, path):
     """Start a vision encoder from a .safetensors' tensors of the same names and shapes.
 
-    A prefix that all have in common is passed by, positions are resized to the encoder's grid. What
-    was loaded, resized and left is said; ValueError where nothing fits.
+    A prefix of them is passed by, positions are resized to the encoder's grid. What was loaded,
+    resized and left is said; ValueError where nothing fits.
     """
     try:
         tensors = load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{path}: not a .safetensors, or damaged ({error})") from None
     own, loaded, resized = encoder.state_dict(), {}, []
-    prefix = os.path.commonprefix(list(tensors)).rpartition(".")[0]
-    tensors = {name.removeprefix(f"{prefix}."): tensor for name, tensor in tensors.items()}
+    first = next(iter(own))
+    prefix = next((name.removesuffix(first) for name in tensors if name.endswith(first)), "")
+    tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
     for name in own.keys() & tensors.keys():
         tensor = tensors[name]
         if name == "pos_embed" and tensor.shape != own[name].shape:
-            tensor = resized_positions(tensor, encoder.base_grid)
+            tensor = fitted_positions(tensor, encoder.base_grid)
             resized.append(name)
         if tensor.shape == own[name].shape:
             loaded[name] = tensor
     if not loaded:
         raise ValueError(f"{path}: none of its {len(tensors)} tensors has the name and shape of "
-                         f"one of the encoder's, as {next(iter(own))}")
+                         f"one of the encoder's, as {first}")
     encoder.load_state_dict(loaded, strict=False)
     if RANK == 0:
-        left, begun = sorted(tensors.keys() - loaded.keys()), sorted(own.keys() - loaded.keys())
-        print(f"{path}: {len(loaded)} tensors loaded; resized: {', '.join(resized) or 'none'}; "
-              f"left: {', '.join(left) or 'none'}; without a start: {', '.join(begun) or 'none'}",
-              file=sys.stderr)
+        print(f"{path}: {len(loaded)} tensors loaded", file=sys.stderr)
+        left, begun = tensors.keys() - loaded.keys(), own.keys() - loaded.keys()
+        for names, what in ((resized, "resized"), (left, "left"), (begun, "without a start")):
+            print(f"  {what}: {', '.join(sorted(names)) or 'none'}", file=sys.stderr)
 
 
-def resized_positions(positions, grid):
-    """A position embedding (1, 1 + N, C) of a grid that is like `grid`, but finer or coarser."""
-    cls, patches = positions.float().tensor_split([1], 1)
-    factor = (patches.shape[1] / math.prod(grid)) ** (1 / 3)
+def fitted_positions(positions, grid):
+    """Resize a position embedding (1, 1 + N, C) from a grid of the same form, if N allows one."""
+    n = positions.shape[1] - 1
+    factor = (n / math.prod(grid)) ** (1 / 3)
     source = [round(size * factor) for size in grid]
-    if math.prod(source) != patches.shape[1]:
-        return positions  # of a grid of another form
-    patches = F.interpolate(patches.mT.unflatten(2, source), grid, mode="trilinear")
-    return torch.cat([cls, patches.flatten(2).mT], 1)
+    same_form = math.prod(source) == n
+    return resize_positions(positions.float(), source, grid) if same_form else positions
 
 
 @torch.no_grad()
@@ -765,7 +760,7 @@ def training_data(settings, config):
     rows, held_out = training_rows(data.read_manifest(settings.manifest), settings.holdout)
     if RANK == 0:
         data.prepare(rows + held_out, cache)
-    wait_for_all()
+    from_all()
     rows = [row for row in rows if cache.holds(row)]
     held_out = [row for row in held_out if cache.holds(row) and row.report]
     pairs = data.ReportVolumes(
@@ -783,33 +778,18 @@ def volume_cache(settings, config):
     return data.Cache.for_config(folder, config)
 
 
-def wait_for_all():
-    """Let every process come to this point, however long it takes."""
+def from_all(value=None):
+    """Every process's value, once all have come to this point, however long that takes."""
+    values = [value] * WORLD
     if WORLD > 1:
-        dist.barrier(hosts())
+        dist.all_gather_object(values, value, hosts())
+    return values
 
 
 @cache
 def hosts():
-    """The processes' group by way of their CPUs, which may wait for days; one call for all."""
+    """The processes' group by way of their CPUs, which may wait for days."""
     return dist.new_group(backend="gloo", timeout=timedelta(days=7))
-
-
-def on_any_process(flag):
-    """Whether a flag is set on any of the processes."""
-    if WORLD == 1:
-        return bool(flag)
-    flags = torch.tensor(float(bool(flag)))
-    dist.all_reduce(flags, dist.ReduceOp.MAX, hosts())
-    return bool(flags)
-
-
-def from_first(value):
-    """The first process's value."""
-    values = [value]
-    if WORLD > 1:
-        dist.broadcast_object_list(values, 0, hosts())
-    return values[0]
 
 
 def training_rows(rows, holdout):
@@ -831,18 +811,18 @@ def training_rows(rows, holdout):
 
 def batches(run):
     """(an iterator of batches from the run's step on, steps in an epoch, steps in all)."""
-    keys, on_gpu = batch_keys(run, run.progress["step"]), run.device.type == "cuda"
+    keys, per_epoch = own_keys(run, run.progress["step"]), len(run.pairs) // run.batch
     loader = torch.utils.data.DataLoader(
         run.pairs, batch_sampler=keys, num_workers=loader_workers(run), collate_fn=collate,
-        pin_memory=on_gpu, worker_init_fn=leave_signals_to_parent,
+        pin_memory=run.device.type == "cuda", worker_init_fn=leave_signals_to_parent,
     )
-    return iter(loader), keys.per_epoch, keys.per_epoch * run.settings.epochs
+    return iter(loader), per_epoch, per_epoch * run.settings.epochs
 
 
-def batch_keys(run, first):
-    """This process's batches from number `first` on."""
+def own_keys(run, first):
+    """The keys of this process's batches from number `first` on."""
     settings = run.settings
-    return BatchKeys(len(run.pairs), run.batch, settings.epochs, settings.seed, first, RANK, WORLD)
+    return batch_keys(len(run.pairs), run.batch, settings.epochs, settings.seed, first, RANK, WORLD)
 
 
 def loader_workers(run):
@@ -867,35 +847,18 @@ def leave_signals_to_parent(worker):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-@dataclass
-class BatchKeys:
-    """Batches of keys (epoch, item) from batch number `first` on: a new shuffle each epoch.
+def batch_keys(n_items, batch, epochs, seed, first=0, rank=0, world=1):
+    """Yield batches of keys (epoch, item) from batch number `first` on: a new shuffle each epoch.
 
     The same for the same seed. Every rank gets its own part of each batch. An epoch's last, smaller
     batch is left out: its negatives would be fewer.
     """
-
-    n_items: int
-    batch: int
-    epochs: int
-    seed: int
-    first: int = 0
-    rank: int = 0
-    world: int = 1
-
-    @property
-    def per_epoch(self):
-        return self.n_items // self.batch
-
-    def __len__(self):
-        return self.per_epoch * self.epochs - self.first
-
-    def __iter__(self):
-        for number in range(self.first, self.per_epoch * self.epochs):
-            epoch, place = divmod(number, self.per_epoch)
-            order = numpy.random.default_rng((self.seed, epoch)).permutation(self.n_items)
-            items = order[place * self.batch:(place + 1) * self.batch]
-            yield [(epoch, int(item)) for item in items[self.rank::self.world]]
+    per_epoch = n_items // batch
+    for number in range(first, per_epoch * epochs):
+        epoch, place = divmod(number, per_epoch)
+        order = numpy.random.default_rng((seed, epoch)).permutation(n_items)
+        items = order[place * batch:(place + 1) * batch]
+        yield [(epoch, int(item)) for item in items[rank::world]]
 
 
 def collate(pairs):
@@ -911,10 +874,9 @@ def make_optimizer(model, settings):
     kinds = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "muon": Muon}
     text = {*model.text.parameters(), *model.text_projection.parameters()}
     inner = set(model.vision.blocks.parameters()) if settings.optimizer == "muon" else set()
-    members = {  # in this order, by which a saved state numbers the parameters
-        "vectors": [], "matrices": [], "inner matrices": [],
-        "text vectors": [], "text matrices": [],
-    }
+    # in this order, by which a saved state numbers the parameters
+    names = "vectors", "matrices", "inner matrices", "text vectors", "text matrices"
+    members = {name: [] for name in names}
     for parameter in model.parameters():
         name = "matrices" if parameter.ndim > 1 else "vectors"
         if parameter in text:
@@ -1008,34 +970,18 @@ def save_state(run):
     tensors = {f"model.{name}": tensor for name, tensor in run.model.state_dict().items()}
     for i, state in run.optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{i}.{name}": tensor for name, tensor in state.items()}
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     losses = {name: list(map(float, values)) for name, values in run.progress["losses"].items()}
     progress = run.progress | {"losses": losses, "scaler": run.scaler.state_dict()}
     path, previous = (run.out / "state" / name for name in STATES)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    write_tensors(temporary, tensors, {"progress": json.dumps(progress)})
+    # from where the tensors are: no second copy of all is in memory
+    save_file(tensors, temporary, {"progress": json.dumps(progress)})
+    with open(temporary, "rb") as file:
+        os.fsync(file.fileno())
     if path.exists():
         os.replace(path, previous)
     os.replace(temporary, path)
-
-
-def write_tensors(path, tensors, metadata):
-    """A .safetensors, written tensor by tensor, so that no second copy of all is in memory."""
-    header, end = {"__metadata__": metadata}, 0
-    for name, tensor in tensors.items():
-        start, end = end, end + tensor.nbytes
-        header[name] = {"dtype": KINDS[tensor.dtype], "shape": list(tensor.shape),
-                        "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for tensor in tensors.values():
-            file.write(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-        file.flush()
-        os.fsync(file.fileno())
-
-
-KINDS = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.int64: "I64"}
 
 
 def first_prompts(settings):
@@ -1055,23 +1001,22 @@ def save_first_prompts(run):
 
 def load_state(path, model, optimizer, scaler):
     """Restore what save_state wrote; returns the progress."""
+    weights, states = {}, {}
     try:
         with safe_open(path, "pt") as file:
             progress = json.loads(file.metadata()["progress"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            for key in file.keys():
+                part, name = key.split(".", 1)
+                if part == "model":
+                    weights[name] = file.get_tensor(key)
+                else:
+                    i, name = name.split(".")
+                    states.setdefault(int(i), {})[name] = file.get_tensor(key)
     except SafetensorError as error:
         raise ValueError(
             f"{path}: damaged ({error}); delete it, and the run goes on from the state before, "
             "if there is one"
         ) from None
-    weights, states = {}, {}
-    for name, tensor in tensors.items():
-        part, name = name.split(".", 1)
-        if part == "model":
-            weights[name] = tensor
-        else:
-            i, key = name.split(".")
-            states.setdefault(int(i), {})[key] = tensor
     model.load_state_dict(weights)
     optimizer.load_state_dict(optimizer.state_dict() | {"state": states})
     scaler.load_state_dict(progress["scaler"])
@@ -1201,7 +1146,7 @@ def choose_prompts(study, v, summaries):
 
 def finish(settings):
     """Evaluate the best model on the manifest's test split, where it has one with labels."""
-    out, places = settings.out, f"the model, its curves and its log: {settings.out}/   "
+    out = settings.out
     labelled = {row.split for row in data.read_manifest(settings.manifest) if row.labels}
     splits = [name for name in ("test", "valid", "validation") if name in labelled]
     probe = settings.manifest if {"train", ""} & labelled else None
@@ -1210,9 +1155,9 @@ def finish(settings):
             out, settings.manifest, splits[0], pairs=scored_pairs(settings), cache=settings.cache,
             device=settings.device, summaries=settings.summaries, probe=probe,
         )
-        print(evaluation_table(result))
-        places += f"the evaluation: {out}/evaluation/report.html"
-    print(f"\n{places}\none scan: python evaluate.py {out} --volume scan.nii.gz")
+        print(f"{evaluation_table(result)}\n\nthe evaluation: {out}/evaluation/report.html")
+    print(f"the model, its curves and its log: {out}/")
+    print(f"one scan: python evaluate.py {out} --volume scan.nii.gz")
 
 
 # ---- 9. Command line -----------------------------------------------------------------------------
@@ -1244,15 +1189,16 @@ def main(argv=None):
         settings.manifest = str(PHANTOM_FOLDER / "manifest.csv")
         if RANK == 0:
             phantom_manifest()
-        wait_for_all()
-        settings.summaries = settings.summaries or phantom_summaries(settings.device)
+            if not settings.summaries:
+                phantom_summaries(settings.device)
+        from_all()
+        settings.summaries = settings.summaries or str(PHANTOM_FOLDER / "summaries.jsonl")
     if settings.summaries == "none":
         settings.summaries = ""
     data.read_manifest(settings.manifest)  # what is wrong with it is said before any writing
     if settings.dry_run:
         config = model_config(settings)
-        rate = matrix_rate(torch.device(settings.device), mixed_precision(settings))
-        print(plan(settings, config, costs(config, settings), rate))
+        print(plan(settings, config, costs(config, settings), matrix_rate(settings)))
         return 0
     try:
         done = train(settings)

@@ -53,17 +53,3 @@ def test_the_class_names_are_the_same_in_every_file_that_has_them():
     assert phantom_reports.CT_RATE == data.CT_RATE
     assert phantom_reports.CT_RATE_LT == data.CT_RATE_LT
     assert list(summarize.BENCHMARK_NAMES) == data.CT_RATE + data.CT_RATE_LT
-
-
-@pytest.mark.parametrize(
-    "old, new",
-    [
-        (["summarize.py", "fit", "--pairs", "p", "--out", "o"], "python distil.py --pairs"),
-        (["model.py", "convert", "official.ckpt"], "python convert.py official"),
-        (["bench.py", "summarize", "--pairs", "p"], "python distil.py --curriculum"),
-    ],
-)
-def test_an_old_spelling_says_the_new_one_in_one_line(old, new):
-    done = subprocess.run([sys.executable, *old], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert new in done.stderr and done.stderr.startswith(old[0])

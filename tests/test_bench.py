@@ -34,13 +34,6 @@ def test_every_commands_help_has_an_example(command, capsys):
     assert f"example: python bench.py {command}" in capsys.readouterr().out
 
 
-def test_the_old_spelling_of_the_curriculum_says_the_new_one_in_one_line():
-    done = run("summarize", "--pairs", "pairs.jsonl")
-    assert done.returncode == 2
-    (line,) = done.stderr.splitlines()
-    assert "python distil.py --curriculum pairs.jsonl" in line
-
-
 def test_a_call_in_a_new_process_returns_its_value():
     call = "print('a word before') or [timed(int) >= 0, 1]"
     assert bench.in_new_process(call) == [True, 1]

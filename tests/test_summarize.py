@@ -578,18 +578,18 @@ def test_a_bad_checkpoint_gets_one_line_that_names_it(change, said, tmp_path, co
 @pytest.mark.parametrize(
     "content, said",
     [
-        (b"name,report\na,x\nb,Secret heart, secret lung\n", "row 3: not UTF-8 or not CSV (more"),
-        (b'name,report\na,"Secret heart\nb,secret lung\n', "row 2: not UTF-8 or not CSV"),
-        (b'name,report\na,fine\nb,"Secret "heart" is large"\n', "row 3: not UTF-8 or not CSV"),
-        (b"name,report\na,Secret\0heart\n", "or a NUL byte"),
-        (b"name,report\na," + b"Secret" * 3_000_000, "row 2: not UTF-8 or not CSV (field larger"),
+        (b"name,report\na,x\nb,Secret heart, secret lung\n", "row 3: has more cells"),
+        (b'name,report\na,"Secret heart\nb,secret lung\n', "not a CSV file in UTF-8 (unexpected"),
+        (b'name,report\na,fine\nb,"Secret "heart" is large"\n', "not a CSV file in UTF-8 (',' "),
+        (b"name,report\na,Secret\0heart\n", "a NUL byte"),
+        (b"name,report\na," + b"Secret" * 3_000_000, "not a CSV file in UTF-8 (field larger"),
         (b"name,report,label:Secret\na,b,yes\n", "label:Secret is not 0, 1 or empty"),
-        (b"name,report,label:x\na,b,Secret heart,1\n", "row 2: not UTF-8 or not CSV (more cells"),
-        (b"name,report,report\na,b,c\n", "no column `report`, or two"),
-        (b"name,findings\na,Secret\n", "no column `report`"),
-        (b"", "no column `report`"),
-        ("name,report\na,Secret\n".encode("utf-16"), "not UTF-8"),
-        ("name,report\na,Secret\n".encode("utf-16-le"), "no column `report`"),
+        (b"name,report,label:x\na,b,Secret heart,1\n", "row 2: has more cells"),
+        (b"name,report,report\na,b,c\n", "a column stands twice"),
+        (b"name,findings\na,Secret\n", "no column report"),
+        (b"", "no column report"),
+        ("name,report\na,Secret\n".encode("utf-16"), "not a CSV file in UTF-8"),
+        ("name,report\na,Secret\n".encode("utf-16-le"), "a NUL byte"),
     ],
 )
 def test_a_manifest_that_would_lose_text_is_refused_by_its_row_and_never_quoted(
@@ -623,8 +623,8 @@ def test_bad_manifests_and_summaries_get_one_line(fitted, tmp_path, command):
     )
     good = manifest(tmp_path / "m.csv", ["no nodule"])
     for table, out, said in (
-        (tmp_path / "latin.csv", "s.jsonl", "not UTF-8"),
-        (tmp_path / "bare.csv", "s.jsonl", "no column `report`"),
+        (tmp_path / "latin.csv", "s.jsonl", "not a CSV file in UTF-8"),
+        (tmp_path / "bare.csv", "s.jsonl", "no column report"),
         (tmp_path / "none.csv", "s.jsonl", "none.csv"),
         (tmp_path, "s.jsonl", f"Is a directory: '{tmp_path}'"),
         (good, "", f"Is a directory: '{tmp_path}'"),
