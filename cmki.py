@@ -505,45 +505,25 @@ def nearest_prompts(bank, embeddings, prompts, k=3):
 def kmeans(features, k, iterations=25, seed=0):
     """k-means centres (k, d) of features (M, d), M at least k, to start a bank from.
 
-    k-means++ seeding (Arthur and Vassilvitskii 2007), then Lloyd's steps until nothing moves; a
-    cluster that runs empty restarts at the feature farthest from its centre. The seed fixes all.
+    k-means++ seeding (Arthur and Vassilvitskii 2007: each further centre is likely to be far from
+    those before), then Lloyd's steps; a cluster that runs empty keeps its centre. The seed fixes
+    all. (M, k) distances are held.
     """
     if features.ndim != 2 or len(features) < k:
         raise ValueError(
             f"k-means of {k} entries needs features (M, d) with M at least {k}, "
             f"got {tuple(features.shape)}"
         )
-    features = features.float()
-    norms = features.square().sum(-1)
-    generator = torch.Generator().manual_seed(seed)
-
-    def nearest_centre(centres):
-        """(squared distance (M,), index (M,)), in chunks so that no (M, k) matrix is held."""
-        squares, nearest = centres.square().sum(-1), []
-        for chunk in features.split(4096):
-            nearest.append(torch.addmm(squares, chunk, centres.mT, alpha=-2).min(-1))
-        distance, index = map(torch.cat, zip(*nearest))
-        return (distance + norms).clamp_min(0), index
-
-    # Seeding: the first centre is any feature, each further one likely to be far from those before.
-    centres = features.new_empty(k, features.shape[1])
-    distance = torch.ones_like(norms)
+    features, generator = features.float(), torch.Generator().manual_seed(seed)
+    weight, picks = torch.ones(len(features)), []
     for i in range(k):
-        heap = distance.double().cumsum(0).cpu()
-        draw = heap[-1:] * torch.rand(1, generator=generator).double()
-        pick = torch.searchsorted(heap, draw, right=True).item()
-        centres[i] = features[min(pick, len(features) - 1)]
-        to_new, _ = nearest_centre(centres[i:i + 1])
-        distance = torch.minimum(distance, to_new) if i else to_new
-
-    assignment = None
+        picks.append(torch.multinomial(weight, 1, generator=generator).item())
+        squares = (features - features[picks[-1]]).square().sum(-1).cpu() + 1e-12
+        weight = torch.minimum(weight, squares) if i else squares
+    centres = features[picks]
     for _ in range(iterations):
-        distance, nearest = nearest_centre(centres)
-        if assignment is not None and torch.equal(nearest, assignment):
-            break
-        assignment, counts = nearest, torch.bincount(nearest, minlength=k)
-        sums = torch.zeros_like(centres).index_add_(0, assignment, features)
-        centres = sums / counts.clamp_min(1)[:, None]
-        empty = (counts == 0).nonzero()[:, 0]
-        centres[empty] = features[distance.topk(len(empty)).indices]
+        nearest = torch.cdist(features, centres).argmin(-1)
+        counts = torch.bincount(nearest, minlength=k)[:, None]
+        sums = torch.zeros_like(centres).index_add_(0, nearest, features)
+        centres = torch.where(counts > 0, sums / counts, centres)
     return centres

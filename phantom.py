@@ -38,7 +38,7 @@ from numpy.linalg import norm
 from numpy.random import default_rng
 from tqdm import tqdm
 
-from data import run_command, write_atomically
+from data import run_command, sweep, write_atomically
 from phantom_reports import (
     ABNORMALITIES,
     CT_RATE,
@@ -912,15 +912,6 @@ TABLES = DATA["tables"] | {  # place below the root -> columns after the volume'
     "multi_abnormality_labels/{split}_predicted_labels.csv": CT_RATE,
     "multi_abnormality_labels/ct_rate_lt_labels.csv": CT_RATE_LT,
 }
-OWN = (  # temporary files of this program, below the root
-    ".phantom.*.tmp",
-    "train*/**/.*.tmp",
-    "valid*/**/.*.tmp",
-    "masks/.*.tmp",
-    "metadata/.*.tmp",
-    "*_reports/.*.tmp",
-    "*_labels/.*.tmp",
-)
 
 
 def scan_name(seed, split, index):
@@ -1016,13 +1007,6 @@ def check_folder(out, settings):
                 )
 
 
-def sweep(out):
-    """Delete what a killed run left half written; what other programs write there stays."""
-    for pattern in OWN:
-        for temporary in out.glob(pattern):
-            temporary.unlink(missing_ok=True)
-
-
 def write(out, train, valid, seed=0, release=2, workers=None, masks=False):
     """Write `train` and `valid` scans below `out` in CT-RATE's layout.
 
@@ -1040,7 +1024,8 @@ def write(out, train, valid, seed=0, release=2, workers=None, masks=False):
         )
     settings = {"version": VERSION, "seed": seed, "release": release}
     check_folder(out, settings)
-    sweep(out)
+    for temporary in out.rglob(".*.tmp"):
+        sweep(temporary.parent)  # what a killed run left half written
     begun = out / "phantom.begun.json"
     write_atomically(begun, json.dumps(settings).encode())
     jobs = []

@@ -340,8 +340,7 @@ def average_gradients(model):
 
 def report_step(run, log, bar, lr):
     """Show and log the mean losses since the last time; ten skipped steps in a row end the run."""
-    progress, shown = run.progress, []
-    columns = {}
+    progress, columns = run.progress, {}
     for name, values in progress["losses"].items():
         values = torch.stack([torch.as_tensor(x, device=run.device) for x in values])
         columns[name] = numpy.array(values.tolist(), float)
@@ -359,17 +358,15 @@ def report_step(run, log, bar, lr):
     means["skipped"] = int(skipped.sum())
     means["volumes_per_s"] = steps_per_s * run.batch
     means["utilisation"] = steps_per_s * run.cost["flops"] * run.batch / WORLD / run.rate
-    for name, form in (("total", "loss {:.3f}"), ("skipped", "{} skipped"),
-                       ("volumes_per_s", "{:.1f} volumes/s"), ("utilisation", "{:.0%} utilised")):
-        if means.get(name):
-            shown.append(form.format(means[name]))
-    if progress["best"] is not None:
-        shown.insert(1, f"best {progress['best']:.3f}")
     if run.device.type == "cuda":
-        shown.append(f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
-    bar.set_postfix_str(", ".join(shown), refresh=False)
+        means["gib"] = torch.cuda.max_memory_allocated() / 2**30
+    shown = {name: means[name] for name in SHOWN if means.get(name)}
+    bar.set_postfix(shown, best=progress["best"], refresh=False)
     if log:
         log.write(step=progress["step"], lr=lr, **means)
+
+
+SHOWN = ("total", "skipped", "volumes_per_s", "utilisation", "gib")
 
 
 def last_volumes(run):
@@ -465,17 +462,17 @@ def costs(config, settings):
     "parameters"; of a pair: "activations" and "checkpointed", bytes that are kept for the backward
     pass without and with --checkpoint-activations, and "flops", there and back.
     """
+    two, three = (pass_costs(config, mixed_precision(settings), n) for n in (2, 3))
+    parameters = two.pop("parameters")  # what both keep of the weights isn't a pair's
+    return {"parameters": parameters} | {name: three[name] - two[name] for name in two}
+
+
+def pass_costs(config, amp, n):
+    """costs of n pairs together, copies of the weights included."""
     with torch.device("meta"):
         model = BrgSA(config)
     model.to_empty(device="cpu")
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        two, three = (pass_costs(model, n, mixed_precision(settings)) for n in (2, 3))
-    own = {name: three[name] - two[name] for name in two}  # both have that of the weights
-    return own | {"parameters": sum(weight.numel() for weight in model.parameters())}
-
-
-def pass_costs(model, n, amp):
-    """costs of n pairs, those of copies of the weights included."""
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
     blocks, inside, outside, given = [*model.vision.blocks, *model.text.blocks], {}, {}, {}
     places = [outside]
 
@@ -489,25 +486,21 @@ def pass_costs(model, n, amp):
         keep(inputs[0])
         places[-1] = inside
 
-    hooks = []
     for block in blocks:
-        hooks.append(block.register_forward_pre_hook(enter))
-        hooks.append(block.register_forward_hook(lambda *_: places.pop() and None))
-    volumes = torch.empty(n, 1, *model.config.crop, dtype=torch.int16)
-    texts = ["a " * model.config.text_length] * n
-    with FlopCounterMode(display=False) as counter, saved_tensors_hooks(keep, lambda x: x):
+        block.register_forward_pre_hook(enter)
+        block.register_forward_hook(lambda *_: places.pop() and None)
+    counter, same = FlopCounterMode(display=False), lambda x: x
+    with FakeTensorMode(allow_non_fake_inputs=True), counter, saved_tensors_hooks(keep, same):
+        volumes = torch.empty(n, 1, *config.crop, dtype=torch.int16)
         with torch.autocast("cpu", amp, amp is not None):
-            total = sum(x.sum() for x in model(volumes, texts))
-        weights = [weight for weight in model.parameters() if weight.requires_grad]
-        torch.autograd.grad(total, weights, allow_unused=True)
-    for hook in hooks:
-        hook.remove()
+            embeddings = model(volumes, ["a " * config.text_length] * n)
+        torch.autograd.grad(sum(x.sum() for x in embeddings), weights, allow_unused=True)
 
     def size(storages):
         return sum(storage.nbytes() for storage in storages.values())
     least = size(outside | given) + size(inside) // len(blocks)  # one block at a time
     return {"activations": size(inside | outside | given), "checkpointed": least,
-            "flops": counter.get_total_flops()}
+            "flops": counter.get_total_flops(), "parameters": sum(map(torch.numel, weights))}
 
 
 def matrix_rate(settings):
@@ -529,35 +522,32 @@ def gibibytes(settings, cost, chunk, checkpointed):
     return (16 * cost["parameters"] + pairs * own) / 2**30
 
 
+def foreseen(settings):
+    """One line on what a training will take."""
+    config = model_config(settings)
+    return plan(settings, config, costs(config, settings), matrix_rate(settings))
+
+
 def plan(settings, config, cost, rate):
-    """One line on what a training takes."""
+    """That line, from what is known already."""
     rows, held_out = training_rows(data.read_manifest(settings.manifest), settings.holdout)
     pairs = len({row.report for row in rows})
     steps = pairs // settings.batch * settings.epochs
     flops = cost["flops"] * settings.batch
     disk = len(rows + held_out) * 2 * math.prod(config.shape) / 2**30
-    memory = gibibytes(settings, cost, settings.chunk, settings.checkpoint_activations)
-    weights = 16 * cost["parameters"] / 2**30
+    memory = []
+    for way in ((0, False), (0, True), (8, False), (8, True)):
+        options = f" by --chunk {way[0]}" * (way[0] > 0) + " --checkpoint-activations" * way[1]
+        memory.append(f"{gibibytes(settings, cost, *way):.1f}{options}")
     hours, note = steps * flops / rate / WORLD / 3600, ""
     if settings.preset == "base" and not settings.text_checkpoint + settings.init:
         note = "; without --text-checkpoint BERT begins from nothing: few reports don't teach it"
     return (
-        f"{cost['parameters'] / 1e6:.1f} million parameters; {memory:.1f} GiB a process, of these "
-        f"{weights:.1f} weights, gradients and optimiser, the others activations; {pairs} pairs an "
-        f"epoch, {steps} steps of {flops / 1e12:.2f} TFLOP: {hours:.1f} hours at the "
+        f"{cost['parameters'] / 1e6:.1f} million parameters; GiB a process for weights, gradients, "
+        f"optimiser and activations: {', '.join(memory)}; {pairs} pairs an epoch, {steps} steps of "
+        f"{flops / 1e12:.2f} TFLOP: {hours:.1f} hours at the "
         f"{rate / 1e12:.2f} TFLOP/s of a matrix product here; cache {disk:.1f} GiB{note}"
     )
-
-
-def out_of_memory(settings):
-    """One line on what needs less."""
-    cost = costs(model_config(settings), settings)
-    ways = []
-    for chunk, checkpointed in ((0, True), (8, False), (8, True)):
-        options = f"--chunk {chunk} " * bool(chunk) + "--checkpoint-activations" * checkpointed
-        ways.append(f"{options.strip()} {gibibytes(settings, cost, chunk, checkpointed):.0f} GiB")
-    now = gibibytes(settings, cost, settings.chunk, settings.checkpoint_activations)
-    return f"the GPU's memory is full: a step takes about {now:.0f} GiB, with {', '.join(ways)}"
 
 
 # ---- 4. Set up: model and data -------------------------------------------------------------------
@@ -1173,18 +1163,24 @@ def keep_freed_memory():
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: don't shrink the heap
 
 
+def set_device(settings):
+    """Choose the device, and what is global to it and to all processes."""
+    settings.device = pick_device(settings.device, os.environ.get("LOCAL_RANK"))
+    on_gpu = settings.device != "cpu"
+    if on_gpu:
+        torch.cuda.set_device(settings.device)
+        torch.set_float32_matmul_precision("high")  # TF32, for what isn't in half precision
+    else:
+        keep_freed_memory()
+    if WORLD > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if on_gpu else "gloo")
+        hosts()
+
+
 def main(argv=None):
     """Train, then evaluate; the exit status, 130 where it was stopped."""
     settings = parse(argv)
-    settings.device = pick_device(settings.device, os.environ.get("LOCAL_RANK"))
-    if settings.device == "cpu":
-        keep_freed_memory()
-    else:
-        torch.cuda.set_device(settings.device)
-        torch.set_float32_matmul_precision("high")  # TF32, for what isn't in half precision
-    if WORLD > 1 and not dist.is_initialized():
-        dist.init_process_group("gloo" if settings.device == "cpu" else "nccl")
-        hosts()
+    set_device(settings)
     if not settings.manifest:
         settings.manifest = str(PHANTOM_FOLDER / "manifest.csv")
         if RANK == 0:
@@ -1197,22 +1193,21 @@ def main(argv=None):
         settings.summaries = ""
     data.read_manifest(settings.manifest)  # what is wrong with it is said before any writing
     if settings.dry_run:
-        config = model_config(settings)
-        print(plan(settings, config, costs(config, settings), matrix_rate(settings)))
+        print(foreseen(settings))
         return 0
     try:
         done = train(settings)
     except torch.OutOfMemoryError:
-        raise ValueError(out_of_memory(settings)) from None
-    if not done:
-        print(f"stopped; python train.py --out {settings.out} --resume goes on", file=sys.stderr)
-        return 130
-    save_reference(settings)
+        raise ValueError(f"the GPU's memory is full; {foreseen(settings)}") from None
+    if done:
+        save_reference(settings)
     if WORLD > 1:
         dist.destroy_process_group()
-    if RANK == 0:
+    if not done:
+        print(f"stopped; python train.py --out {settings.out} --resume goes on", file=sys.stderr)
+    elif RANK == 0:
         finish(settings)
-    return 0
+    return 0 if done else 130
 
 
 if __name__ == "__main__":

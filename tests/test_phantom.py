@@ -2,6 +2,7 @@
 import csv
 import hashlib
 import json
+import os
 import random
 import subprocess
 import sys
@@ -70,14 +71,15 @@ def test_same_seed_same_bytes_for_one_and_two_workers_and_after_a_kill(written, 
 
 
 def test_what_a_killed_run_left_half_written_goes_and_files_of_others_stay(tmp_path):
-    name = phantom.volume_path("train_7_a_1").with_name(".train_7_a_1.nii.gz.123.tmp")
-    own = [name, "masks/.valid_1_a_1.nii.gz.123.tmp", ".phantom.json.123.tmp",
-           "metadata/.train_metadata.csv.123.tmp"]
-    others = [".manifest.csv.123.tmp", "cache/.train_1_a_1.npy.123.tmp", "masks/notes.tmp"]
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    volume = phantom.volume_path("train_7_a_1")
+    own = [volume.with_name(f".{volume.name}.{gone.pid}.tmp"), f".phantom.json.{gone.pid}.tmp"]
+    others = [f".manifest.csv.{os.getpid()}.tmp", "cache/.train_1_a_1.npy.tmp", "masks/notes.tmp"]
     for name in own + others:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
-    phantom.sweep(tmp_path)
+    phantom.write(tmp_path, 1, 0, workers=1)
     assert not any((tmp_path / name).exists() for name in own)
     assert all((tmp_path / name).exists() for name in others)
 

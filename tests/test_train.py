@@ -15,9 +15,9 @@ import nibabel
 import numpy
 import pytest
 import torch
+import torch.distributed.nn
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch._subclasses import FakeTensorMode
 
 import data
 import evaluate
@@ -287,6 +287,7 @@ PART = f"""
 import sys
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
 import torch
+import torch.distributed.nn
 import train
 import test_train
 torch.distributed.init_process_group("gloo")
@@ -295,6 +296,7 @@ if train.RANK == 0:
     for name in gradients:
         gradients[name] = gradients[name].contiguous()
     test_train.save_file(gradients, sys.argv[2])
+torch.distributed.destroy_process_group()
 """
 
 
@@ -396,20 +398,16 @@ def test_steps_without_a_finite_gradient_are_left_out_and_ten_in_a_row_end_the_r
 
 @pytest.mark.parametrize("vision", ["vit", "resnet8", "resnet18"])
 def test_every_tensor_of_a_step_is_on_the_models_device(vision):
-    """As if a GPU were there, on tensors without values: two devices in an operation would fail."""
+    """Two devices in one operation fail; as if a GPU were there, on one without values."""
     with torch.device("meta"):
         model = BrgSA(Config(**TINY | {"vision": vision, "text_dropout": 0.1}))
-    with FakeTensorMode():
-        model.to_empty(device="cuda")
-        volumes = torch.empty(4, 1, 24, 24, 24, dtype=torch.int16)
-        run = SimpleNamespace(
-            settings=train.Settings(chunk=2, precision="float32"), model=model,
-            device=torch.device("cuda"), progress={"step": 0},
-            scaler=torch.amp.GradScaler("cpu", enabled=False))
-        loss, _ = train.backward(run, volumes, ["one word", "two words", "three", "four"])
-    assert loss.device.type == "cuda"
-    trained = [weight for weight in model.parameters() if weight.requires_grad]
-    assert all(weight.grad is not None for weight in trained)
+    volumes = torch.empty(4, 1, 24, 24, 24, dtype=torch.int16, device="meta")
+    run = SimpleNamespace(settings=train.Settings(), model=model)
+    embeddings = model(volumes, ["one word", "two words", "three", "four"])
+    loss, _ = train.loss_of(run, embeddings)
+    loss.backward()
+    for name, weight in model.named_parameters():
+        assert not weight.requires_grad or weight.grad.device.type == "meta", name
 
 
 def test_a_training_starts_from_a_run_and_keeps_what_is_frozen(tmp_path):
@@ -470,7 +468,7 @@ def test_what_a_step_costs_is_what_a_step_keeps(tmp_path, capsys):
         kept.clear()
         del out
     assert cost["activations"] == pytest.approx(sizes[1] - sizes[0], rel=0.02)
-    assert cost["parameters"] == sum(weight.numel() for weight in model.parameters())
+    assert cost["parameters"] == sum(weight.numel() for weight in model.parameters()) - 1  # scale
     assert cost["flops"] == pytest.approx(6 * cost["parameters"], rel=20)
     assert cost["checkpointed"] < cost["activations"] / 3
     easy_manifest(tmp_path)
@@ -478,11 +476,17 @@ def test_what_a_step_costs_is_what_a_step_keeps(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "million parameters" in said and "48 pairs an epoch, 24 steps" in said
     assert not (tmp_path / "run").exists()
-    line = train.out_of_memory(train.Settings(
-        **SCHEDULE | {"preset": "tiny", "manifest": str(tmp_path / "manifest.csv")},
-        out=str(tmp_path / "none"), device="cpu"))
-    assert "begins from nothing" not in said
-    assert "--chunk 8 --checkpoint-activations" in line and "--checkpoint-activations 0 GiB" in line
+    assert "begins from nothing" not in said and "by --chunk 8 --checkpoint-activations" in said
+
+
+def test_a_full_gpu_is_one_line_with_what_needs_less(tmp_path, monkeypatch):
+    def full(settings):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    easy_manifest(tmp_path, 40)
+    monkeypatch.setattr(train, "train", full)
+    with pytest.raises(ValueError, match="memory is full; .* 0.0 --checkpoint-activations, 0.0 by"):
+        run(tmp_path)
 
 
 def test_loader_workers_are_as_many_as_shared_memory_holds(monkeypatch, capsys):
