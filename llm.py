@@ -334,13 +334,13 @@ class LLM:
             going = [place for place, row in enumerate(rows) if row not in finished]
             if not going or step + 1 == room:
                 break
+            slot = cache.slots - room + step
             # Finished rows leave once they are a quarter of the batch; copying a cache has a price.
-            if 4 * len(going) <= 3 * len(rows):
-                rows, recording = [rows[place] for place in going], None
-                places = torch.tensor(going, device=self.device)
+            # A recording's shapes are fixed, so there they stay.
+            if self.device.type == "cpu" and 4 * len(going) <= 3 * len(rows):
+                rows, places = [rows[place] for place in going], torch.tensor(going)
                 tokens = tokens[places]
                 cache.keep(places)
-            slot = cache.slots - room + step
             if self.device.type == "cuda":
                 recording = recording or Recording(self, cache, slot)
                 logits = recording(tokens, slot)
@@ -912,10 +912,11 @@ def attend_with_lse(q, k, v, mask=None):
     if q.device.type == "cpu":
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             q, k, v, 0.0, False, attn_mask=mask, scale=None)
-    scores = (q @ k.mT).float() * q.shape[-1] ** -0.5  # (B, H, Q, S)
-    if mask is not None:
-        scores = scores + mask
-    return scores.softmax(-1).to(v.dtype) @ v, scores.logsumexp(-1)
+    if mask is not None:  # the operator wants its rows to begin at multiples of 16 bytes
+        width = mask.shape[-1]
+        mask = F.pad(mask, (0, -width % 8))[..., :width].expand(*q.shape[:3], width)
+    out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, mask, True)
+    return out, lse[..., :q.shape[2]]
 
 
 class Recording:
@@ -923,17 +924,19 @@ class Recording:
 
     def __init__(self, llm, cache, slot):
         self.ids = torch.zeros_like(cache.pad)[:, None]
-        self.slots = torch.tensor([slot], device=llm.device)
+        self.device, self.slots = llm.device, torch.tensor([slot], device=llm.device)
 
         def step():  # a graph's shapes are fixed, so it reads all slots
             return llm.step(self.ids, self.slots, cache.slots, cache)
-        step()  # lets libraries set themselves up; what it writes is overwritten later
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.logits = step()
+        with torch.cuda.device(self.device):
+            step()  # lets libraries set themselves up; what it writes is overwritten later
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.logits = step()
 
     def __call__(self, tokens, slot):
         self.ids.copy_(tokens[:, None])
         self.slots.fill_(slot)
-        self.graph.replay()
+        with torch.cuda.device(self.device):
+            self.graph.replay()
         return self.logits

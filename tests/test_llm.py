@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+import llm
 from llm import LLM, PLAIN_TEMPLATE, Chat, Config, attend, attend_with_lse, choose
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -379,6 +380,44 @@ def test_attention_with_a_shared_prefix_equals_attention_over_both_parts():
     on_gpu_way = ((q @ k.mT) * D ** -0.5 + mask).logsumexp(-1)
     lse = attend_with_lse(q, k, v, mask)[1]
     torch.testing.assert_close(lse, on_gpu_way, atol=1e-5, rtol=1e-5)
+
+
+def test_on_a_gpu_attention_asks_torch_for_the_log_sum_exp():
+    """On tensors without values, which hold the operator to its shapes and types."""
+    q, k = torch.empty(3, 2, 4, 8, device="meta"), torch.empty(3, 2, 7, 8, device="meta")
+    for mask in (None, torch.empty(3, 1, 4, 7, device="meta")):
+        out, lse = attend_with_lse(q, k, k, mask)
+        assert out.shape == q.shape and lse.shape == q.shape[:3] and lse.dtype == torch.float32
+
+
+class OnGPU(str):
+    """The CPU as a device that calls itself a GPU."""
+    type = "cuda"
+
+
+def test_on_a_gpu_one_recording_serves_a_batch_whose_answers_end_at_different_steps(
+        tmp_path, monkeypatch):
+    slots = []
+
+    class Recorded:
+        def __init__(self, model, cache, slot):
+            slots.append([slot])
+            self.model, self.cache, self.sizes = model, cache, len(cache.pad)
+
+        def __call__(self, tokens, slot):
+            assert len(tokens) == self.sizes
+            slots[-1].append(slot)
+            where = torch.tensor([slot])
+            return self.model.step(tokens[:, None], where, self.cache.slots, self.cache)
+
+    model = LLM.from_pretrained(checkpoint(tmp_path), "cpu")
+    wanted = greedy(model, prompts())
+    lengths = {len(answer) for answer in wanted}
+    assert len(lengths) > 2
+    monkeypatch.setattr(llm, "Recording", Recorded)
+    model.device = OnGPU("cpu")
+    assert greedy(model, prompts()) == wanted
+    assert len(slots) == 1 and slots[0][1:] == [*range(slots[0][0], slots[0][-1] + 1)]
 
 
 # ---- generation
