@@ -98,8 +98,6 @@ class KnowledgeBank(nn.Module):
     def forward(self, x):
         return bank_attention(x, self.weight, self.scale)
 
-    def extra_repr(self):
-        return f"{tuple(self.weight.shape)}, scale={self.scale}"
 
 
 def info_nce(a, b, scale=10.0):

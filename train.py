@@ -67,7 +67,6 @@ class Settings:
     text_lr: float = option(
         1.0, "the text encoder's learning rate, as a share of lr; 0: it stays as it begins", 0, 100)
     beta1: float = option(0.5, "Adam's first", 0, 0.9999)
-    beta2: float = option(0.999, "Adam's second", 0, 0.999999)
     weight_decay: float = option(1e-6, "of matrices; not of biases and norms", 0, 10)
     schedule: str = option(
         "plateau", "plateau: halved if the held-out loss hasn't fallen for 5 validations",
@@ -602,15 +601,10 @@ UNSCALED = {"init_scale": 1.0, "growth_interval": 2**31 - 1}
 
 def say_what_changed(settings, progress, here):
     """Say where a run goes on elsewhere, or with other data, than it was begun with."""
-    changed = []
-    for name in ("processes", "device", "precision"):
-        if progress[name] != here[name]:
-            changed.append(f"{name} {progress[name]}, now {here[name]}")
-    if progress["manifest_sha256"] != here["manifest_sha256"]:
-        changed.append(f"{settings.manifest}: has changed since the run began")
-    if changed and RANK == 0:
-        print(f"the run goes on, but not just as it would have: {'; '.join(changed)}",
-              file=sys.stderr)
+    for name, value in here.items():
+        if progress[name] != value and RANK == 0:
+            print(f"{settings.out}: goes on, but not just as it would have: {name} was "
+                  f"{progress[name]} and is {value}", file=sys.stderr)
 
 
 def prepare_model(model, settings):
@@ -820,15 +814,16 @@ def loader_workers(run):
     wanted, shared = run.settings.workers, Path("/dev/shm")
     if wanted == -1:
         wanted = min(8, os.cpu_count()) if run.device.type == "cuda" else 0
+    if not wanted or not shared.exists():
+        return wanted
     each = 2 * 2 * math.prod(run.model.config.crop) * run.batch // WORLD  # two batches of int16
-    free = shutil.disk_usage(shared).free if shared.exists() else math.inf
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    workers = min(wanted, int(free // (each * here)) if free < math.inf else wanted)
-    if workers < wanted and RANK == 0:
+    each *= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    free = shutil.disk_usage(shared).free
+    if wanted * each > free and RANK == 0:
         print(f"{shared}: {free / 2**30:.1f} GiB are free and {wanted} loader workers want "
-              f"{wanted * each * here / 2**30:.1f} (docker's --shm-size); {workers} are used",
+              f"{wanted * each / 2**30:.1f} (docker's --shm-size); {free // each} are used",
               file=sys.stderr)
-    return workers
+    return min(wanted, free // each)
 
 
 def leave_signals_to_parent(worker):
@@ -885,7 +880,7 @@ def make_optimizer(model, settings):
                 "share": settings.text_lr if name.startswith("text") else 1.0,
                 "weight_decay": 0.0 if name.endswith("vectors") else settings.weight_decay,
             })
-    more = {"lr": settings.lr, "betas": (settings.beta1, settings.beta2)}
+    more = {"lr": settings.lr, "betas": (settings.beta1, 0.999)}
     if settings.device.startswith("cuda") and settings.optimizer != "muon":
         more["fused"] = True
     return kinds[settings.optimizer](groups, **more)
