@@ -32,7 +32,7 @@ def parse(argv=None):
         return commands.add_parser(name, help=help, epilog=example).add_argument
 
     add("preprocess", "reading and resampling of one scan beside SimpleITK")
-    add("train", "a training step beside transformers' ViT and BERT")
+    add("train", "a training step beside one of torch's and transformers' modules")
     option = add("evaluate", "1,000 patient resamples beside scikit-learn; one scan", "--sets 200")
     option("--sets", type=int, default=1000, help="simulated data sets for the intervals")
     option = add("summarize", "the small summarizer; the decoder beside transformers", "--small")
@@ -69,7 +69,7 @@ import phantom_reports
 import report
 import summarize
 import train
-from model import PAIRS, BrgSA, Config, clean
+from model import BERT_CONFIG, PAIRS, BrgSA, Config, clean
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -120,18 +120,9 @@ def bench_preprocess(arguments):
         own, peer, read, peer_read = medians(
             5, partial(preprocessed, scan), lambda: resample(sitk.ReadImage(scan)),
             partial(data.read_volume, scan), partial(sitk.ReadImage, scan))
-        before, peak = in_new_process(f"preprocess_memory({scan!r})")
     print("| 512 x 512 x 300, .nii.gz | here, s | SimpleITK, s | ratio |\n|---|---|---|---|\n"
           f"| read | {read:.3f} | {peer_read:.3f} | {read / peer_read:.2f} |\n"
           f"| read and resample | {own:.3f} | {peer:.3f} | {own / peer:.2f} |")
-    print(f"\nmemory beyond that of the start, at most: {(peak - before) / 2**20:.0f} MiB")
-
-
-def preprocess_memory(scan):
-    """Bytes of this process's memory before a file is read and resampled, and at most."""
-    before = memory("VmRSS")
-    preprocessed(scan)
-    return before, memory("VmHWM")
 
 
 def preprocessed(scan):
@@ -149,7 +140,7 @@ SIZES = {  # name: (what differs from preset base, pairs in a batch)
 
 
 def bench_train(arguments):
-    """Forward and backward of a step beside the same sizes and losses in transformers' modules."""
+    """Forward and backward of a step beside the same sizes and losses in others' modules."""
     name = torch.cuda.get_device_name() if CUDA else "CPU"
     print(f"A step without the optimiser; {name}\n\n| size, batch | type | here, s | peer, s | "
           "ratio | here, GiB | peer, GiB | checkpointed, s | GiB |\n" + "|---" * 9 + "|")
@@ -161,7 +152,7 @@ def bench_train(arguments):
             (own, held), (peer, peer_held), (again, kept) = figures
             print(f"| {size}, {batch} | {dtype} | {own:.2f} | {peer:.2f} | {own / peer:.2f} | "
                   f"{held / 2**30:.2f} | {peer_held / 2**30:.2f} | {again:.2f} | "
-                  f"{kept / 2**30:.2f} |", flush=True)
+                  f"{kept / 2**30:.2f} |")
 
 
 def step_figures(size, dtype, way):
@@ -189,33 +180,27 @@ def step_figures(size, dtype, way):
 
 
 class Peer(torch.nn.Module):
-    """BrgSA of the parts that are at hand: Conv3d, transformers' ViT layers and BERT."""
+    """BrgSA of the parts that are at hand: torch's convolution and encoder, transformers' BERT."""
 
     def __init__(self, c):
-        import transformers
-        from transformers.models.vit.modeling_vit import ViTLayer
         super().__init__()
-        self.own = BrgSA(replace(c, vit_depth=1, text_depth=1))  # projections, tokens, positions
-        sizes = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-        vit = transformers.ViTConfig(
-            hidden_size=c.vit_width, num_attention_heads=c.vit_heads,
-            intermediate_size=4 * c.vit_width, **sizes)
-        vit._attn_implementation = "sdpa"
+        from transformers import BertConfig, BertModel
+        self.own = BrgSA(replace(c, vit_depth=1, text_depth=1))  # projections, positions, bank
         self.patches = torch.nn.Conv3d(1, c.vit_width, c.patch, c.patch)
-        self.layers = torch.nn.Sequential(*(ViTLayer(vit) for _ in range(c.vit_depth)))
-        self.bert = transformers.BertModel(transformers.BertConfig(
-            vocab_size=c.vocabulary, hidden_size=c.text_width, num_hidden_layers=c.text_depth,
-            num_attention_heads=c.text_heads, intermediate_size=c.text_mlp, **sizes),
-            add_pooling_layer=False)
+        layer = torch.nn.TransformerEncoderLayer(
+            c.vit_width, c.vit_heads, 4 * c.vit_width, 0.0, "gelu", 1e-6, True, norm_first=True)
+        self.layers = torch.nn.TransformerEncoder(layer, c.vit_depth, enable_nested_tensor=False)
+        bert = {name: getattr(c, own) for name, own in BERT_CONFIG.items()}
+        self.bert = BertModel(BertConfig(attention_probs_dropout_prob=0.0, **bert))
 
     def forward(self, volumes, texts):
-        own = self.own
+        own, cls = self.own, self.own.vision.cls_token.expand(len(texts), -1, -1)
         x = self.patches(own.normalise(volumes)).flatten(2).mT
-        x = torch.cat([own.vision.cls_token.expand(len(x), -1, -1), x], 1) + own.vision.pos_embed
-        v = own.vision_projection(own.vision.norm(self.layers(x))[:, 0])
-        tokens = [encoding.ids for encoding in own.text.tokenizer.encode_batch(texts)]
-        states = self.bert(torch.tensor(tokens, device=v.device), output_hidden_states=True)
-        t = own.text_projection(sum(states.hidden_states[-4:]).mean(1))
+        x = self.layers(torch.cat([cls, x], 1) + own.vision.pos_embed)
+        tokens = torch.ones(len(texts), own.config.text_length, dtype=torch.long, device=x.device)
+        states = self.bert(tokens, output_hidden_states=True).hidden_states
+        v = own.vision_projection(own.vision.norm(x)[:, 0])
+        t = own.text_projection(sum(states[-4:]).mean(1))
         bank = own.bank.weight
         return v, t, cmki.reference_attention(v, bank), cmki.reference_attention(t, bank)
 

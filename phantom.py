@@ -1089,10 +1089,7 @@ def preview(path, seed=0):
         origin = "upper" if cut == 2 else "lower"
         axis.imshow(image, aspect=aspect, origin=origin, **style)
         if inside.any():
-            grown = inside.astype(int)
-            for shift, way in product((-2, 2), (0, 1)):
-                grown += np.roll(inside, shift, way)
-            axis.contour(grown > 0, [.5], colors="#ffd400", linewidths=.6)
+            axis.contour(inside, [.5], colors="#ffd400", linewidths=.6)
         axis.set_title(name, color="white", fontsize=13)
         axis.axis("off")
     figure.tight_layout()

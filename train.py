@@ -21,6 +21,7 @@ import shutil
 import signal
 import sys
 import time
+import timeit
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from functools import cache, partial
@@ -301,9 +302,9 @@ class Gathered(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x):
-        parts = [torch.empty_like(x) for _ in range(WORLD)]
-        dist.all_gather(parts, x.contiguous())
-        return torch.cat(parts)
+        rows = x.new_empty(WORLD * len(x), x.shape[1])
+        dist.all_gather_into_tensor(rows, x.contiguous())
+        return rows
 
     @staticmethod
     def backward(ctx, gradient):
@@ -348,9 +349,11 @@ def report_step(run, log, bar, lr):
     in_a_row = progress["skipped_in_a_row"] + len(skipped)
     progress["skipped_in_a_row"] = in_a_row if skipped.all() else 0
     if progress["skipped_in_a_row"] >= 10:
+        keys = next(own_keys(run, progress["step"] - 1))
+        names = [run.pairs.items[item][0][0].name for _, item in keys]
         raise ValueError(
             f"{run.out}: ten steps in a row had no finite gradient, the last with the volumes "
-            f"{', '.join(last_volumes(run))}; --resume goes on from the last save"
+            f"{', '.join(names)}; --resume goes on from the last save"
         )
     steps_per_s = bar.format_dict["rate"] or 0.0
     means = {name: values[~skipped].mean() for name, values in columns.items() if not skipped.all()}
@@ -368,14 +371,11 @@ def report_step(run, log, bar, lr):
 SHOWN = ("total", "skipped", "volumes_per_s", "utilisation", "gib")
 
 
-def last_volumes(run):
-    """A volume's name of each pair in this process's last batch."""
-    keys = next(own_keys(run, run.progress["step"] - 1))
-    return [run.pairs.items[item][0][0].name for _, item in keys]
-
-
 def end_epoch(run, log, lr, epoch):
-    """Validate; let the plateau schedule learn of it; keep the model of the lowest loss."""
+    """Validate; let the plateau schedule learn of it; keep the model of the lowest loss.
+
+    A cosine keeps the last: its rate has come to 0, and the loss is flat long before.
+    """
     progress, valid = run.progress, from_all(validate(run))[0]  # all agree on the rate
     if run.settings.schedule == "plateau" and valid:
         run.plateau.step(valid["loss"])
@@ -384,7 +384,7 @@ def end_epoch(run, log, lr, epoch):
     if log:
         log.write(step=progress["step"], epoch=epoch, valid=valid)
         loss = valid.get("loss", 0.0)  # not the AUROC: that would take labels, and is noisier
-        if progress["best"] is None or loss <= progress["best"]:
+        if run.settings.schedule == "cosine" or loss <= progress["best"]:
             progress["best"] = loss
             run.model.save_pretrained(run.out)
         plot_curves(log, run.out / "curves.png")
@@ -506,38 +506,24 @@ def matrix_rate(settings):
     """FLOP/s of matrix products on the device, of the type that is computed in."""
     side = 1024 if settings.device == "cpu" else 8192
     matrix = torch.ones(side, side, dtype=mixed_precision(settings), device=settings.device)
-    seconds = []
-    for _ in range(5):
-        start = time.perf_counter()
-        (matrix @ matrix)[0, 0].item()
-        seconds.append(time.perf_counter() - start)
+    seconds = timeit.repeat(lambda: (matrix @ matrix)[0, 0].item(), number=1)
     return 2 * side**3 / min(seconds)
 
 
-def gibibytes(settings, cost, chunk, checkpointed):
-    """Memory of a step: weights, gradients, Adam's two moments, activations; GiB a process."""
-    pairs = min(chunk or settings.batch, settings.batch // WORLD)
-    own = cost["checkpointed" if checkpointed else "activations"]
-    return (16 * cost["parameters"] + pairs * own) / 2**30
-
-
-def foreseen(settings):
-    """One line on what a training will take."""
-    config = model_config(settings)
-    return plan(settings, config, costs(config, settings), matrix_rate(settings))
-
-
-def plan(settings, config, cost, rate):
-    """That line, from what is known already."""
+def foreseen(settings, config):
+    """What a training will take: one line, costs, matrix_rate."""
+    cost, rate = costs(config, settings), matrix_rate(settings)
     rows, held_out = training_rows(data.read_manifest(settings.manifest), settings.holdout)
     pairs = len({row.report for row in rows})
     steps = pairs // settings.batch * settings.epochs
     flops = cost["flops"] * settings.batch
     disk = len(rows + held_out) * 2 * math.prod(config.shape) / 2**30
-    memory = []
-    for way in ((0, False), (0, True), (8, False), (8, True)):
-        options = f" by --chunk {way[0]}" * (way[0] > 0) + " --checkpoint-activations" * way[1]
-        memory.append(f"{gibibytes(settings, cost, *way):.1f}{options}")
+    memory, whole = [], settings.batch // WORLD
+    for chunk, options in ((whole, ""), (min(8, whole), " by --chunk 8")):
+        for kept in ("activations", "checkpointed"):
+            size = (16 * cost["parameters"] + chunk * cost[kept]) / 2**30
+            memory.append(f"{size:.1f}{options}")
+            options += " --checkpoint-activations"
     hours, note = steps * flops / rate / WORLD / 3600, ""
     if settings.preset == "base" and not settings.text_checkpoint + settings.init:
         note = "; without --text-checkpoint BERT begins from nothing: few reports don't teach it"
@@ -546,7 +532,7 @@ def plan(settings, config, cost, rate):
         f"optimiser and activations: {', '.join(memory)}; {pairs} pairs an epoch, {steps} steps of "
         f"{flops / 1e12:.2f} TFLOP: {hours:.1f} hours at the "
         f"{rate / 1e12:.2f} TFLOP/s of a matrix product here; cache {disk:.1f} GiB{note}"
-    )
+    ), cost, rate
 
 
 # ---- 4. Set up: model and data -------------------------------------------------------------------
@@ -562,9 +548,9 @@ class Run:
     def __init__(self, settings):
         self.settings, self.out = settings, Path(settings.out)
         self.device, config = torch.device(settings.device), model_config(settings)
-        self.cost, self.rate = costs(config, settings), matrix_rate(settings)
+        line, self.cost, self.rate = foreseen(settings, config)
         if RANK == 0:
-            print(plan(settings, config, self.cost, self.rate), file=sys.stderr)
+            print(line, file=sys.stderr)
         torch.manual_seed(settings.seed)
         self.pairs, self.held_out, self.held_texts = training_data(settings, config)
         self.batch = min(settings.batch, len(self.pairs)) // WORLD * WORLD
@@ -586,36 +572,31 @@ class Run:
             "manifest_sha256": data.sha256_of(settings.manifest), "processes": WORLD,
             "device": self.device.type,
             "precision": str(mixed_precision(settings) or torch.float32)}
-        self.progress = {"step": 0, "best": None, "lr_factor": 1.0, "plateau": None, "losses": {},
-                         "skipped_in_a_row": 0} | here
+        self.progress = {"step": 0, "best": math.inf, "lr_factor": 1.0, "plateau": None,
+                         "losses": {}, "skipped_in_a_row": 0} | here
         if state:
             self.progress |= load_state(state, self.model, self.optimizer, self.scaler)
             if self.progress["plateau"]:
                 self.plateau.load_state_dict(self.progress["plateau"])
-            say_what_changed(settings, self.progress, here)
+            for name, value in here.items():
+                if self.progress[name] != value and RANK == 0:
+                    print(f"{settings.out}: goes on, but not just as it would have: {name} was "
+                          f"{self.progress[name]} and is {value}", file=sys.stderr)
             self.progress |= here
 
 
 UNSCALED = {"init_scale": 1.0, "growth_interval": 2**31 - 1}
 
 
-def say_what_changed(settings, progress, here):
-    """Say where a run goes on elsewhere, or with other data, than it was begun with."""
-    for name, value in here.items():
-        if progress[name] != value and RANK == 0:
-            print(f"{settings.out}: goes on, but not just as it would have: {name} was "
-                  f"{progress[name]} and is {value}", file=sys.stderr)
-
-
 def prepare_model(model, settings):
     """Freeze, wrap and compile parts of a model as settings say, and make all processes' alike."""
     model.bank.weight.requires_grad_(not settings.bank_frozen)
-    parts = {"vision": [model.vision], "text": [model.text], "both": [model.vision, model.text]}
-    frozen = parts.get(settings.freeze, [])
+    for name in ("vision", "text"):
+        if settings.freeze in (name, "both"):
+            getattr(model, name).requires_grad_(False)
     if not settings.text_lr:
-        frozen = [*frozen, model.text, model.text_projection]
-    for part in frozen:
-        part.requires_grad_(False)
+        model.text.requires_grad_(False)
+        model.text_projection.requires_grad_(False)
     if settings.checkpoint_activations:
         checkpoint_blocks(model)
     if WORLD > 1:
@@ -828,8 +809,8 @@ def loader_workers(run):
 
 def leave_signals_to_parent(worker):
     """Loader workers end with their parent, not by Ctrl-C or SIGTERM."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def batch_keys(n_items, batch, epochs, seed, first=0, rank=0, world=1):
@@ -1013,7 +994,8 @@ class Log:
 
     def __init__(self, path, step):
         self.path, self.lines = path, []
-        for line in path.read_text().splitlines() if step and path.exists() else ():
+        path.touch()
+        for line in path.read_text().splitlines():
             with contextlib.suppress(json.JSONDecodeError):  # a line that a kill cut off
                 line = json.loads(line)
                 if line["step"] <= step:
@@ -1033,16 +1015,16 @@ def plot_curves(log, path):
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
 
-    def plot(axes, name, *style, label=None):
+    def plot(axes, name, label=None, style="-"):
         points = [(line["step"], line[name]) for line in lines if name in line]
-        axes.plot(*numpy.reshape(points, (-1, 2)).T, *style, linewidth=1, label=label)
+        axes.plot(*numpy.reshape(points, (-1, 2)).T, style, linewidth=1, label=label)
 
     for name in ("total", "mse", "info_nce", "info_nce_hat"):
-        plot(left, name, label=name)
-    plot(left, "loss", "k.--", label="total, held out")
+        plot(left, name, name)
+    plot(left, "loss", "total, held out", "k.--")
     left.set(xlabel="step", ylabel="loss", ylim=(0, None))
     left.legend(frameon=False)
-    plot(right, "macro_auroc", "o-")
+    plot(right, "macro_auroc", style="o-")
     right.axhline(0.5, color="grey", linewidth=0.8)
     right.set(xlabel="step", ylabel="zero-shot macro AUROC, held-out patients", ylim=(0.4, 1))
     temporary = path.with_suffix(".tmp.png")
@@ -1188,12 +1170,13 @@ def main(argv=None):
         settings.summaries = ""
     data.read_manifest(settings.manifest)  # what is wrong with it is said before any writing
     if settings.dry_run:
-        print(foreseen(settings))
+        print(foreseen(settings, model_config(settings))[0])
         return 0
     try:
         done = train(settings)
     except torch.OutOfMemoryError:
-        raise ValueError(f"the GPU's memory is full; {foreseen(settings)}") from None
+        line, _, _ = foreseen(settings, model_config(settings))
+        raise ValueError(f"the GPU's memory is full; {line}") from None
     if done:
         save_reference(settings)
     if WORLD > 1:
