@@ -73,6 +73,7 @@ from model import BERT_CONFIG, PAIRS, BrgSA, Config, clean
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
+DEVICE_NAME = torch.cuda.get_device_name() if CUDA else "CPU"
 
 
 def timed(call):
@@ -141,9 +142,8 @@ SIZES = {  # name: (what differs from preset base, pairs in a batch)
 
 def bench_train(arguments):
     """Forward and backward of a step beside the same sizes and losses in others' modules."""
-    name = torch.cuda.get_device_name() if CUDA else "CPU"
-    print(f"A step without the optimiser; {name}\n\n| size, batch | type | here, s | peer, s | "
-          "ratio | here, GiB | peer, GiB | checkpointed, s | GiB |\n" + "|---" * 9 + "|")
+    print(f"A step without the optimiser; {DEVICE_NAME}\n\n| size, batch | type | here, s | "
+          "peer, s | ratio | here, GiB | peer, GiB | checkpointed, s | GiB |\n" + "|---" * 9 + "|")
     for size, (_, batch) in SIZES.items():
         for dtype in ("float32", "bfloat16"):
             figures = []
@@ -353,8 +353,7 @@ WAYS = {"bank_attention": cmki.bank_attention, "eager": cmki.reference_attention
 
 def bench_attention(arguments):
     """The bank's attention beside eager torch and F.scaled_dot_product_attention."""
-    name = torch.cuda.get_device_name() if CUDA else "CPU"
-    print(f"Bank of 2048 x d; {name}; FLOP: 4 N K d forward, 12 N K d with backward")
+    print(f"Bank of 2048 x d; {DEVICE_NAME}; FLOP: 4 N K d forward, 12 N K d with backward")
     for dtype in ("float32", "bfloat16"):
         side = 8192 if CUDA else 2048
         matrix = torch.randn(side, side).to(DEVICE, getattr(torch, dtype))

@@ -122,6 +122,11 @@ from model import (
 
 # ---- embeddings
 
+def place():
+    """This process's number and the number of all that train together."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
 @torch.inference_mode()
 def embed_volumes(model, rows, cache, device="cpu"):
     """Embeddings v (N, d), float32 on the CPU, of the rows' whole cached volumes.
@@ -129,7 +134,7 @@ def embed_volumes(model, rows, cache, device="cpu"):
     A GPU computes them in 16 bits. The processes of a training, which call this together, each do
     their share of the rows.
     """
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, world = place()
     on_gpu = torch.device(device).type == "cuda"
     half = half_type(device) if on_gpu else None
     batch = max(1, 2**24 // math.prod(model.config.shape))
@@ -643,8 +648,8 @@ class Study:
             )
         path = self.run / "embeddings.safetensors"
         known = read_tensors(path)
-        together = dist.is_initialized()
-        if together:
+        rank, world = place()
+        if world > 1:
             dist.barrier()  # before the first process writes
         keys = []
         for row in rows:
@@ -655,7 +660,7 @@ class Study:
             new_keys, new_rows = zip(*todo[start:start + 256])
             device = self.model.bank.weight.device
             known |= zip(new_keys, embed_volumes(self.model, new_rows, self.cache, device))
-            if not together or dist.get_rank() == 0:
+            if rank == 0:
                 data.write_atomically(path, save(known))
         return rows, torch.stack([known[key] for key in keys]), skipped
 

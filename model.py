@@ -653,7 +653,9 @@ class BrgSA(nn.Module):
         """
         pooled, _ = self.vision(self.normalise(volumes))
         places = {text: i for i, text in enumerate(dict.fromkeys(texts))}
+        self.text.eval()  # without dropout
         features = self.text(list(places))[[places[text] for text in texts]]
+        self.text.train()
         self.vision_projection.weight /= pooled.std(0) + 1e-3 * pooled.std()
         if self.config.text_pooling == "sentences":
             nn.init.orthogonal_(self.text_projection.weight)

@@ -190,9 +190,6 @@ from model import (
 )
 from report import evaluation_table
 
-PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
 # ---- 2. The loop ---------------------------------------------------------------------------------
 
 def train(settings):
@@ -355,7 +352,7 @@ def report_step(run, log, bar, lr):
             f"{run.out}: ten steps in a row had no finite gradient, the last with the volumes "
             f"{', '.join(names)}; --resume goes on from the last save"
         )
-    steps_per_s = bar.format_dict["rate"] or 0.0
+    steps_per_s = bar.format_dict["rate"] or 0
     means = {name: values[~skipped].mean() for name, values in columns.items() if not skipped.all()}
     means["skipped"] = int(skipped.sum())
     means["volumes_per_s"] = steps_per_s * run.batch
@@ -432,9 +429,9 @@ def learning_rate(settings, step, steps):
 
 def mixed_precision(settings):
     """The type for autocast, or None, to compute in float32."""
-    if settings.precision != "auto":
-        return PRECISIONS[settings.precision]
-    return half_type(settings.device)
+    if settings.precision == "auto":
+        return half_type(settings.device)
+    return None if settings.precision == "float32" else getattr(torch, settings.precision)
 
 
 def stop_at_signal():
@@ -627,6 +624,8 @@ def model_config(settings):
     if settings.text_checkpoint:
         text = TextEncoder.from_huggingface(settings.text_checkpoint).config
         own |= {name: getattr(text, name) for name in BERT_CONFIG.values()}
+    if not settings.text_lr or settings.freeze in ("text", "both"):
+        own["text_dropout"] = 0.0  # its features are to stay as they are
     if settings.bank_init != "kmeans":
         own["bank_init"] = settings.bank_init
     if Path(settings.manifest).with_name("phantom.json").exists():
@@ -874,7 +873,7 @@ def make_optimizer(model, settings):
 # Newton-Schulz iteration, instead of a decomposition. A step is as long as AdamW's usually is (0.2
 # a weight; Liu et al. 2025), so that both share one learning rate.
 
-def orthogonal(matrix, steps=5):
+def orthogonal(matrix):
     """The matrix with its singular values made about 1, by x <- (a + b x x' + c (x x')^2) x.
 
     All factors are polynomials of the first x x', so they are multiplied there, on the shorter side
@@ -885,7 +884,7 @@ def orthogonal(matrix, steps=5):
     norm = x.norm() + 1e-12
     one = torch.eye(len(x), device=x.device)
     square, product = x @ x.mT / norm**2, one / norm
-    for _ in range(steps):
+    for _ in range(5):
         factor = 3.4445 * one - 4.7750 * square + 2.0315 * square @ square
         square, product = factor @ square @ factor, factor @ product
     x = product @ x
@@ -1040,12 +1039,12 @@ PHANTOM_FOLDER = Path("runs/phantom-data")
 
 def phantom_manifest():
     """Write the phantom where it is absent or unfinished; returns its manifest, both splits."""
-    folder, manifest = PHANTOM_FOLDER, PHANTOM_FOLDER / "manifest.csv"
-    if not (folder / "phantom.json").exists():
-        phantom.write(folder, **PHANTOM)
+    manifest = PHANTOM_FOLDER / "manifest.csv"
+    if not manifest.with_name("phantom.json").exists():
+        phantom.write(PHANTOM_FOLDER, **PHANTOM)
     if not manifest.exists():
-        rows = data.ct_rate_manifest(folder, "train") + data.ct_rate_manifest(folder, "valid")
-        data.write_manifest(rows, manifest)
+        rows = data.ct_rate_manifest(PHANTOM_FOLDER, "train")
+        data.write_manifest(rows + data.ct_rate_manifest(PHANTOM_FOLDER, "valid"), manifest)
     return manifest
 
 
@@ -1101,14 +1100,13 @@ def choose_prompts(study, v, summaries):
         study.prompts[name] = {"positive": [name], "negative": [], "combine": "mean"}
     for way in evaluate.READOUTS:
         known = numpy.nan_to_num(auroc(study.score(v, way), labels))
-        values[way] = float(known @ counts / counts.sum())
+        values[way] = round(100 * float(known @ counts / counts.sum()), 1)
     config = study.model.config
     config.prompts_as = max(values, key=values.get)
     content = json.dumps(asdict(config), indent=1).encode()
     data.write_atomically(study.run / "config.json", content)
-    shown = ", ".join(f"{way} {100 * value:.1f}" for way, value in values.items())
     print(f"prompts are read as {config.prompts_as}: mean AUROC of what the summaries of "
-          f"{len(v)} held-out volumes affirm: {shown}")
+          f"{len(v)} held-out volumes affirm: {values}")
 
 
 def finish(settings):
@@ -1123,8 +1121,8 @@ def finish(settings):
             device=settings.device, summaries=settings.summaries, probe=probe,
         )
         print(f"{evaluation_table(result)}\n\nthe evaluation: {out}/evaluation/report.html")
-    print(f"the model, its curves and its log: {out}/")
-    print(f"one scan: python evaluate.py {out} --volume scan.nii.gz")
+    print(f"the model, its curves and its log: {out}/\n"
+          f"one scan: python evaluate.py {out} --volume scan.nii.gz")
 
 
 # ---- 9. Command line -----------------------------------------------------------------------------

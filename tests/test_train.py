@@ -421,6 +421,25 @@ def test_a_training_starts_from_a_run_and_keeps_what_is_frozen(tmp_path):
                 assert torch.equal(weight, first[name]) == name.startswith(tuple(names)), name
 
 
+def test_a_frozen_text_encoder_drops_nothing_out(tmp_path):
+    easy_manifest(tmp_path, 40)
+    for arguments in (["--text-lr", 0], ["--freeze", "text"], []):
+        settings = train.parse(command(tmp_path, arguments))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(train.PRESETS, "tiny", TINY | {"text_dropout": 0.3})
+            assert train.model_config(settings).text_dropout == (0.0 if arguments else 0.3)
+
+
+def test_projections_begin_from_features_without_dropout():
+    torch.manual_seed(0)
+    model = BrgSA(Config(**TINY | {"text_dropout": 0.5, "text_pooling": "sentences"}))
+    texts = ["There is mass.", "There is hernia.", "No effusion."] * 4
+    model.initialise(torch.zeros(2, 1, 24, 24, 24), texts)
+    t = model.eval().encode_text(texts)
+    assert t.mean(0).abs().max() < 1e-4 and t.norm(dim=1).max() < 10
+    assert model.train().text.training
+
+
 def test_a_vision_encoder_is_loaded_by_name_its_positions_resized(tmp_path, capsys):
     torch.manual_seed(0)
     source = BrgSA(Config(**TINY | {"crop": (48, 48, 48), "shape": (48, 48, 48)})).vision
@@ -681,4 +700,4 @@ def test_the_way_to_read_prompts_is_chosen_by_what_held_out_summaries_affirm(tmp
         train.choose_prompts(study, torch.zeros(3, 4), summaries)
         assert list(study.prompts) == ["There is hernia.", "There is mass."]
         assert json.loads((tmp_path / "config.json").read_text())["prompts_as"] == best
-        assert f"{best} 100.0" in capsys.readouterr().out
+        assert f"'{best}': 100.0" in capsys.readouterr().out
