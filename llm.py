@@ -337,7 +337,7 @@ class LLM:
             slot = cache.slots - room + step
             # Finished rows leave once they are a quarter of the batch; copying a cache has a price.
             # A recording's shapes are fixed, so there they stay.
-            if self.device.type == "cpu" and 4 * len(going) <= 3 * len(rows):
+            if 4 * len(going) <= 3 * len(rows) * (self.device.type == "cpu"):
                 rows, places = [rows[place] for place in going], torch.tensor(going)
                 tokens = tokens[places]
                 cache.keep(places)
@@ -924,19 +924,18 @@ class Recording:
 
     def __init__(self, llm, cache, slot):
         self.ids = torch.zeros_like(cache.pad)[:, None]
-        self.device, self.slots = llm.device, torch.tensor([slot], device=llm.device)
+        self.slots = torch.tensor([slot], device=llm.device)
 
         def step():  # a graph's shapes are fixed, so it reads all slots
             return llm.step(self.ids, self.slots, cache.slots, cache)
-        with torch.cuda.device(self.device):
+        with torch.cuda.device(llm.device):
             step()  # lets libraries set themselves up; what it writes is overwritten later
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
+            with torch.cuda.graph(self.graph, stream=torch.cuda.Stream()):  # on this device
                 self.logits = step()
 
     def __call__(self, tokens, slot):
         self.ids.copy_(tokens[:, None])
         self.slots.fill_(slot)
-        with torch.cuda.device(self.device):
-            self.graph.replay()
+        self.graph.replay()
         return self.logits
