@@ -355,9 +355,7 @@ def bench_attention(arguments):
     """The bank's attention beside eager torch and F.scaled_dot_product_attention."""
     print(f"Bank of 2048 x d; {DEVICE_NAME}; FLOP: 4 N K d forward, 12 N K d with backward")
     for dtype in ("float32", "bfloat16"):
-        side = 8192 if CUDA else 2048
-        matrix = torch.randn(side, side).to(DEVICE, getattr(torch, dtype))
-        rate = 2 * side ** 3 / min(timed(lambda: matrix @ matrix) for _ in range(10))
+        rate = train.matrix_rate(DEVICE, getattr(torch, dtype), 8192 if CUDA else 2048)
         print(f"\n{dtype}: a matrix product runs at {rate / 1e9:.0f} GFLOP/s\n\n"
               "| d | N | way | forward, ms | of that rate | forward + backward, ms | "
               "of that rate | beside the faster peer | memory, MiB |\n" + "|---" * 9 + "|")

@@ -99,7 +99,6 @@ class KnowledgeBank(nn.Module):
         return bank_attention(x, self.weight, self.scale)
 
 
-
 def info_nce(a, b, scale=10.0):
     """Symmetric InfoNCE of paired embeddings a, b (B, d): the mean of its two directions.
 

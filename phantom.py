@@ -1024,8 +1024,8 @@ def write(out, train, valid, seed=0, release=2, workers=None, masks=False):
         )
     settings = {"version": VERSION, "seed": seed, "release": release}
     check_folder(out, settings)
-    for temporary in out.rglob(".*.tmp"):
-        sweep(temporary.parent)  # what a killed run left half written
+    for folder in {temporary.parent for temporary in out.rglob(".*.tmp")}:
+        sweep(folder)  # of what a killed run left half written
     begun = out / "phantom.begun.json"
     write_atomically(begun, json.dumps(settings).encode())
     jobs = []

@@ -6,7 +6,7 @@
     python train.py --manifest manifest.csv --summaries summaries.jsonl --preset base --out runs/x
     torchrun --nproc-per-node 8 train.py --manifest manifest.csv --preset base --out runs/x
 
-The run's folder then holds the best model (config.json, model.safetensors, tokenizer.json),
+The run's folder then holds the kept model (config.json, model.safetensors, tokenizer.json),
 log.jsonl, curves.png, state/ (the last model and all that exact resumption needs),
 reference.safetensors (the training scans' embeddings) and evaluation/.
 """
@@ -86,7 +86,7 @@ class Settings:
         choices=("orthogonal", "gaussian", "xavier", "uniform", "kmeans"))
     bank_frozen: bool = option(False, "keep the bank as it begins")
     holdout: float = option(
-        0.05, "share of the patients held back, to choose the best model by", 0, 0.9)
+        0.05, "share of the patients held back, to choose model and prompts by", 0, 0.9)
     validate_every: int = option(1, "epochs from one validation to the next", 1)
     seed: int = option(0, "of everything random", 0, 2**31)
     workers: int = option(
@@ -223,7 +223,7 @@ def train(settings):
         if last or done % 10 == 0:
             report_step(run, log, bar, lr)
 
-        # every so many epochs: validate, adapt the learning rate, keep the best model
+        # every so many epochs: validate, adapt the learning rate, keep the model
         validates = last or done % (per_epoch * settings.validate_every) == 0
         if validates:
             end_epoch(run, log, lr, done / per_epoch)
@@ -499,17 +499,17 @@ def pass_costs(config, amp, n):
             "flops": counter.get_total_flops(), "parameters": sum(map(torch.numel, weights))}
 
 
-def matrix_rate(settings):
-    """FLOP/s of matrix products on the device, of the type that is computed in."""
-    side = 1024 if settings.device == "cpu" else 8192
-    matrix = torch.ones(side, side, dtype=mixed_precision(settings), device=settings.device)
+def matrix_rate(device, dtype, side):
+    """FLOP/s of a matrix product of this side and type (None: float32) on a device."""
+    matrix = torch.ones(side, side, dtype=dtype, device=device)
     seconds = timeit.repeat(lambda: (matrix @ matrix)[0, 0].item(), number=1)
     return 2 * side**3 / min(seconds)
 
 
 def foreseen(settings, config):
     """What a training will take: one line, costs, matrix_rate."""
-    cost, rate = costs(config, settings), matrix_rate(settings)
+    cost, side = costs(config, settings), 1024 if settings.device == "cpu" else 8192
+    rate = matrix_rate(settings.device, mixed_precision(settings), side)
     rows, held_out = training_rows(data.read_manifest(settings.manifest), settings.holdout)
     pairs = len({row.report for row in rows})
     steps = pairs // settings.batch * settings.epochs
@@ -1056,7 +1056,7 @@ def phantom_summaries(device="cpu"):
 
 
 def save_reference(settings):
-    """reference.safetensors, of the best model: what one scan is ranked among, and read against.
+    """reference.safetensors, of the kept model: what one scan is ranked among, and read against.
 
     The training scans' embeddings; the summaries (never the reports) of those learnt from; the
     prompts' embeddings before the training. Then the way to read prompts is chosen.
@@ -1110,7 +1110,7 @@ def choose_prompts(study, v, summaries):
 
 
 def finish(settings):
-    """Evaluate the best model on the manifest's test split, where it has one with labels."""
+    """Evaluate the kept model on the manifest's test split, where it has one with labels."""
     out = settings.out
     labelled = {row.split for row in data.read_manifest(settings.manifest) if row.labels}
     splits = [name for name in ("test", "valid", "validation") if name in labelled]
